@@ -119,6 +119,14 @@ def test_checkpoints_of_an_earlier_file_are_kept(run, tmp_path):
     assert drawn[2] == [index for index in drawn[8] if index < 24] and min(drawn[8]) >= 4
 
 
+def test_rows_that_a_curriculum_cuts_are_no_windows(run, tmp_path):
+    words = [str(run), "curriculum.kind=linear", "curriculum.shortest=16"]
+    (job,) = jobs_of([str(run)], "2", Options(), tmp_path / "x.parquet", words)
+    with pytest.raises(ConfigError, match=r"windows have 64 tokens, and the curriculum of .* 17 "):
+        scan(job, say=silent)
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_without_a_run_need_a_stream(run, whole, tmp_path):
     place = tmp_path / "theirs" / "step8"
     list(export(run, output=place))

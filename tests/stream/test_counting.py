@@ -264,6 +264,18 @@ def test_counts_of_other_data_are_refused(stream):
     assert count(replace(stream, rows=rows), cat).totals.tolist() == totals
 
 
+def test_what_a_curriculum_leaves_out_is_not_counted(run, stream):
+    words = ["curriculum.kind=discrete", "curriculum.lengths=[16, 48]", "curriculum.until=[3]"]
+    grows = open_stream([str(run), *words, "curriculum.shortest=8"])
+    for counts in (count(grows, Terms(("cat",))), count_ngrams(grows, Ngrams(1), top=1000)):
+        assert counts.tokens == 3 * 4 * 17 + 5 * 4 * 49
+    rows = [rows.seen.tokens for rows in grows.batches(range(8))]
+    assert counts.totals.sum() == sum(tokens.size for tokens in rows)
+    (place,) = (n for n, ids in enumerate(counts.ids) if ids == rows[0][:1, 0].tolist())
+    assert counts.totals[place] == sum((tokens == rows[0][0, 0]).sum() for tokens in rows)
+    assert count(stream, Terms(("cat",))).tokens == 8 * 4 * 49
+
+
 def test_what_cannot_be_counted(run, tmp_path, stream):
     file = tmp_path / "terms.txt"
     for text, problem in (

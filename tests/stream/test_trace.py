@@ -25,6 +25,8 @@ from castalia.stream import (
 from castalia.stream.opening import Stream
 
 STEPS = 60
+CURRICULUM = ["curriculum.kind=discrete", "curriculum.shortest=3", "curriculum.lengths=[3, 16, 9]"]
+CURRICULUM += ["curriculum.until=[20, 40]"]
 ORDERS = {
     "packed": ["data.train=[A]"],
     "blend": ["data.train=[A, B]", "data.weights=[3, 1]", "train.batch_ramp=[2, 2, 40]"],
@@ -34,6 +36,8 @@ ORDERS = {
     "overflow": ["data.train=[C]", "data.packing=pack_until_overflow"],
     "ready rows": ["data.train=[R]", "data.order=file"],
     "passes": ["data.train=[A, B]", "train.epochs=2"],
+    "curriculum": ["data.train=[A, B]", *CURRICULUM],
+    "padded curriculum": ["data.train=[A]", "data.packing=best_fit", *CURRICULUM],
 }
 QUERIES = [(3,), (1, 2), (2, 2, 5), (4, 0), (0, 3), (1, 2, 3, 4), (9,)]
 
@@ -67,14 +71,15 @@ def opened(prefixes, tmp_path, *overrides: str) -> Stream:
 def brute(stream: Stream, ids: tuple[int, ...]) -> list[dict]:
     """Every occurrence, from the rows and their spans one by one, without epochs."""
     found = []
+    room = stream.curriculum.length
     for place in stream.places(0, stream.steps):
         row, source, _ = stream.rows.train[place]
         step, number = stream.step_of(place)
         begin = 0
         spans = stream.rows.train.documents_of(place)[1]
-        filled = sum(span.length for span in spans)
+        filled = min(sum(span.length for span in spans), room(step + 1) + 1)
         for span in spans:
-            end = filled if 0 in ids[:-1] else begin + span.length
+            end = filled if 0 in ids[:-1] else min(begin + span.length, filled)
             for at in range(begin, begin + span.length):
                 if at + len(ids) <= end and tuple(row[at : at + len(ids)].tolist()) == ids:
                     where = {"step": step, "row": number, "source": stream.sources[source]}
@@ -108,7 +113,7 @@ def test_every_order_is_traced_as_its_rows_are(prefixes, tmp_path, kind):
             for own in epochs.values():
                 assert own == sorted(set(own))
         total += len(expected)
-    assert total > 300
+    assert total > 200
 
 
 def test_texts_that_a_row_cuts_are_counted(prefixes, tmp_path):

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from castalia.checkpoint import complete_steps
 from castalia.config.anchor import CONFIG, run_folder_of
@@ -44,6 +45,13 @@ class Block(RowBlock):
         table = self.table.part(begin, end)
         return Block(self.tokens[rows], self.source[rows], table, self.places[rows])
 
+    def cut(self, length: int) -> "Block":
+        """The first `length` + 1 tokens of each row, as views."""
+        if length + 1 >= self.tokens.shape[1]:
+            return self
+        tokens = self.tokens[:, : length + 1]
+        return Block(tokens, self.source, self.table.cut(length + 1), self.places)
+
 
 class StepRows(NamedTuple):
     """The rows of one step."""
@@ -57,11 +65,7 @@ class StepRows(NamedTuple):
     @property
     def seen(self) -> Block:
         """The rows as the step saw them: its inputs and the last target, (B, length + 1)."""
-        block = self.block
-        if self.length + 1 >= block.tokens.shape[1]:
-            return block
-        tokens = block.tokens[:, : self.length + 1]
-        return Block(tokens, block.source, block.table.cut(self.length + 1), block.places)
+        return self.block.cut(self.length)
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,30 @@ class Stream:
         for begin in range(places.start, places.stop, rows):
             yield self.block(range(begin, min(begin + rows, places.stop)), dtype)
 
+    def blocks_read(
+        self, places: range, rows: int = ROWS_AT_ONCE, dtype: DTypeLike = np.int64
+    ) -> Iterator[Block]:
+        """As `blocks`, without the ends of rows that a curriculum leaves out."""
+        for block in self.blocks(places, rows, dtype):
+            yield from self.as_read(block)
+
+    def as_read(self, block: Block) -> Iterator[Block]:
+        """A block as its steps read it: neighbouring rows of one length together."""
+        places = block.places
+        lengths = self.lengths(np.arange(places.start, places.stop))
+        borders = np.flatnonzero(np.diff(lengths)) + 1
+        for begin, end in pairwise([0, *borders.tolist(), len(places)]):
+            yield block.part(begin, end).cut(int(lengths[begin]))
+
+    def lengths(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that the step of each of (n,) places takes of its row as inputs."""
+        curriculum = self.curriculum
+        if curriculum.config.kind == "none":
+            return np.full(len(places), self.config.data.seq_length)
+        steps, number = np.unique(steps_of(self.sizes, places)[0], return_inverse=True)
+        known = [curriculum.length(step + 1) for step in steps.tolist()]
+        return np.array(known, np.int64)[number]
+
     def block(self, places: range, dtype: DTypeLike = np.int64) -> Block:
         """The rows at some places."""
         read = read_block(self.rows.train, places, dtype)
@@ -204,6 +232,17 @@ class Stream:
             group = range(step, step + 1)
         if group:
             yield group
+
+
+def steps_of(
+    sizes: BatchSizes, places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`BatchSizes.step_of` for many places, (n,) each."""
+    firsts = np.array(sizes.first_rows, np.int64)
+    ramp = np.searchsorted(firsts, places, side="right") - 1
+    later = np.maximum(places - firsts[-1], 0) // sizes.rows
+    step = ramp + later
+    return step, places - firsts[ramp] - later * sizes.rows
 
 
 def open_stream(words: str | Sequence[str], say: Callable[[str], None] = print) -> Stream:

@@ -101,7 +101,7 @@ def scan_rows(
     return joined(
         [
             occurrences
-            for block in stream.blocks(places, dtype=np.int32)
+            for block in stream.blocks_read(places, dtype=np.int32)
             for occurrences in in_block(block, forms, borders)
         ]
     )

@@ -77,6 +77,7 @@ class ServedPlaces:
     """
 
     def __init__(self, stream: Stream, stop: int) -> None:
+        self.stream = stream
         self.served = stream.rows.train
         self.sources = self.served.row_sources
         self.stop = stream.sizes.first(stop)
@@ -135,7 +136,15 @@ class ServedPlaces:
         maps = self.of(source)
         found = covers(self.sources[source], maps, documents, offsets, length)
         which, item = members(maps["rows"], found.row)
-        return chosen(found, which), maps["places"][item].astype(np.int64)
+        places = maps["places"][item].astype(np.int64)
+        found = chosen(found, which)
+        if self.stream.config.curriculum.kind == "none":
+            return found, places
+        # What a step leaves out of its rows never comes back.
+        room = self.stream.lengths(places) + 1
+        found = found._replace(whole=found.whole & (found.at + length <= room))
+        read = found.at < room
+        return chosen(found, read), places[read]
 
     def passes_before(self, found: Covers, places: Ints, text: Ints, place: Ints, at: Ints) -> Ints:
         """How many passes over a text's place in its document begin before a place in the stream.

@@ -11,11 +11,10 @@ import numpy as np
 
 from castalia.checkpoint import complete_steps
 from castalia.core.errors import ConfigError, DataError
-from castalia.data.batch_sizes import BatchSizes
 from castalia.data.sidecar import recorded_end, require_tokenizer
 from castalia.stream.index.building import MANIFEST, index_folder
 from castalia.stream.index.search import FileScan, Index, Search
-from castalia.stream.opening import Stream, open_stream
+from castalia.stream.opening import Stream, open_stream, steps_of
 from castalia.stream.row_scan import Borders, OnTokens, outside, scan
 from castalia.stream.served_places import Ints, Occurrences, ServedPlaces, joined
 from castalia.stream.text_forms import Form, form_of_ids, forms_of_text
@@ -81,15 +80,6 @@ class Trace:
                 "offset": int(self.found.offset[i]),
                 "epoch": int(self.found.epoch[i]),
             }
-
-
-def steps_of(sizes: BatchSizes, places: Ints) -> tuple[Ints, Ints]:
-    """`BatchSizes.step_of` for many places, (n,) each."""
-    firsts = np.array(sizes.first_rows, np.int64)
-    ramp = np.searchsorted(firsts, places, side="right") - 1
-    later = np.maximum(places - firsts[-1], 0) // sizes.rows
-    step = ramp + later
-    return step, places - firsts[ramp] - later * sizes.rows
 
 
 class Tracer:

@@ -96,7 +96,7 @@ def descent_findings(model: Model, kept: Sequence[int], others: Sequence[Model])
     name = model.revisions[chosen[1]].name
     whose = "; they come from no step 0 that was read"
     for other in others:
-        if other is model or other.revisions[0].step != 0:
+        if other is model or not other.revisions or other.revisions[0].step != 0:
             continue
         if set(names) <= other.checkpoints[0].keys():
             (start,) = stacked([other.checkpoints[0]], names)

@@ -183,6 +183,9 @@ def opened_store(stream: Stream, asked: Asked | Ngrams) -> Iterator[tuple[Store,
             "counting needs the tokenizer of the token files; add data.tokenizer=FILE"
         )
     described = {**asked.described(), "tokenizer": tokenizer.sha256}
+    if stream.config.curriculum.kind != "none":
+        # It decides how much of its rows a step reads.
+        described["curriculum"] = stream.config.curriculum.model_dump(mode="json")
     folder = counts_folder(stream) / asked_hash(described)
     store = Store(folder)
     with claimed(folder):

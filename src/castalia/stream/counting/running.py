@@ -53,7 +53,7 @@ class PartCounter:
         """Count steps `first` to `stop` - 1 and write their part; returns its tokens."""
         counts = StepCounts(first)
         tokens = 0
-        for block in self.stream.blocks(self.stream.places(first, stop)):
+        for block in self.stream.blocks_read(self.stream.places(first, stop)):
             pieces = self.texts(block)
             places = [self.stream.step_of(place) for place in block.places]
             try:
@@ -88,7 +88,7 @@ class NgramCounter:
         gathered = []
         tokens = 0
         size = 0
-        for block in self.stream.blocks(self.stream.places(first, stop)):
+        for block in self.stream.blocks_read(self.stream.places(first, stop)):
             pieces = self.texts(block)
             gathered.append(added_up(self.cut(pieces)))
             tokens += pieces.tokens
