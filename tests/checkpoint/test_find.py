@@ -1,10 +1,12 @@
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from castalia.checkpoint import Store, complete_steps, find_checkpoint, newest_first
+from castalia.checkpoint.find import remedy
 from castalia.core.errors import CheckpointError
 
 
@@ -64,6 +66,7 @@ def test_a_mistyped_run_is_named(run, monkeypatch):
             CheckpointError, match=rf"no checkpoint at {name}.*did you mean '{near}'\?"
         ):
             find_checkpoint(name)
+    assert "did you mean" not in remedy(Path("runs"))  # it is there, and holds nothing
     for name, hint in {
         "elsewhere/small": "give a run folder, or RUN/step1000",
         "small": "did you mean 'runs/small'?",  # as a preset is typed, whose run is in `runs`

@@ -73,6 +73,7 @@ def test_the_options_of_pythias_viewers(command, ready, tmp_path):
         ("--fn a:b --mode save --steps 1", "--mode custom and --fn MODULE:FUNCTION go together"),
         ("--ids a --mode text --steps 1", "--ids and --jsonl are without --mode text and --output"),
         ("--steps 4", "step 4, but the run has steps 0 to 3"),
+        ("--steps 3:1", "--steps 3:1: no step; the end is exclusive and comes after the"),
         ("--mode text --steps 1 data.tokenizer=null", "--mode text needs the tokenizer of the"),
         ("", "castalia batches needs --steps; for example: castalia batches runs/demo"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -118,5 +119,12 @@ def test_a_dry_run_collects_what_training_would_stop_at(config_with):
     report = reported(rows_as_trained(plan.planned)[1], plan, None, 2)
     assert report.rows_refused and "length: refuse" in report.refused[0]
     assert not report.rows_changed
+    # Neither is the control trained, which comes first: it may take days.
+    done = CliRunner().invoke(app, ["intervene", config.output, *words, "--at", "4", "--run"])
+    assert isinstance(done.exception, ConfigError) and "nothing is trained" in str(done.exception)
+    assert not Path(plan.folder("control")).exists()
+    moved = [*words, "data.train=[gone]"]
+    done = CliRunner().invoke(app, ["intervene", config.output, *moved, "--at", "4"])
+    assert "the data that the run trained on are gone: gone.bin" in str(done.exception)
     with pytest.raises(ConfigError, match="expected A:B"):
         reported(rows_as_trained(plan.planned)[1], plan, "x", 2)

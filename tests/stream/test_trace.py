@@ -237,6 +237,8 @@ def test_texts_and_refusals(four_steps, tmp_path):
     for message, arguments in refusals.items():
         with pytest.raises(ConfigError, match=message):
             trace(stream, **arguments)
+    both = CliRunner().invoke(app, ["trace", str(four_steps), "a text", "--ids", "5"])
+    assert "a text, 'a text', and --ids 5: expected one of them" in str(both.exception)
     plain = CliRunner().invoke(app, ["trace", str(four_steps), text, "--limit", "2"])
     assert plain.exit_code == 0, plain.output
     assert f"«{text[:5]}".replace("\n", "↵") in plain.output

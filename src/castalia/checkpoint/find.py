@@ -61,7 +61,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def remedy(path: Path) -> str:
     """How to go on from a path that names nothing."""
     near = local_reading(path)
-    if near is not None:
+    if near is not None and near != path:
         return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
     usual = Path("runs", path.name)  # the folder of the presets' runs: `debug` for `runs/debug`
     if len(path.parts) == 1 and (usual / "checkpoints").is_dir():

@@ -99,8 +99,9 @@ def print_report(report: "Report") -> None:
         if len(findings) > MOST_OF_A_KIND:
             typer.echo(f"  and {len(findings) - MOST_OF_A_KIND} more; --json lists all")
     read = report.checked
+    models = "1 model" if read["models"] == 1 else f"{read['models']} models"
     typer.echo(
-        f"read {read['revisions']} checkpoints of {read['models']} models, {read['tensors']}"
+        f"read {read['revisions']} checkpoints of {models}, {read['tensors']}"
         f" tensors, {size_text(read['bytes'])}: {words(len(report.findings))}"
     )
 

@@ -4,6 +4,7 @@ that is trained with it."""
 import json
 import sys
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,17 +72,21 @@ def intervene(
       castalia intervene runs/demo without.yaml --at 200 --name without --run
     """
     from castalia.runs.rows import rows_as_trained
+    from castalia.stream.same_data import require_files
     from castalia.studies.branching import plan_branch, train_branch
-    from castalia.studies.dry_runs import reported
+    from castalia.studies.dry_runs import reported, require_allowed
 
     branch = plan_branch(run, at, changes, name=name)
+    planned = branch.planned
+    require_files(planned, Path(planned.output))
     if train:
+        require_allowed(branch)
         # The lines of training are notes beside a JSON value.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = train_branch(branch, lambda text: typer.echo(text))
         print_result(result, as_json)
         return
-    _, rows = rows_as_trained(branch.planned, lambda text: typer.echo(text, err=True))
+    _, rows = rows_as_trained(planned, lambda text: typer.echo(text, err=True))
     report = reported(rows, branch, steps, examples)
     if as_json:
         facts = {"at": branch.at, "checkpoint": branch.checkpoint, "name": branch.name}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,6 +129,8 @@ def asked(words: list[str], ids: str | None) -> tuple[list[str], str | None, lis
                 ' runs/demo "some text"`, or --ids'
             )
         return words[:-1], words[-1], None
+    if len(words) > 1 and "=" not in words[-1] and not Path(words[-1]).exists():
+        raise ConfigError(f"a text, {words[-1]!r}, and --ids {ids}: expected one of them")
     numbers = [word.strip() for word in ids.split(",")]
     if not all(word.isascii() and word.isdigit() for word in numbers):
         raise ConfigError(f"--ids {ids!r}: expected token ids such as 510,2904,13")
@@ -179,7 +182,8 @@ def show_next(
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return
     context = answer["text"] if answer["text"] is not None else answer["ids"]
-    line = f"{context!r} has {answer['count']:,} continuations in the token files"
+    noun = "continuation" if answer["count"] == 1 else "continuations"
+    line = f"{context!r} has {answer['count']:,} {noun} in the token files"
     if answer["asked"] != len(answer["ids"]):
         line += f"; the whole text, of {answer['asked']} tokens, has none"
     typer.echo(line)
@@ -227,6 +231,7 @@ def index(
             typer.echo(json.dumps(record))
             continue
         typer.echo(
-            f"{record['index']}: {record['tokens']:,} tokens in {record['parts']} parts,"
+            f"{record['index']}: {record['tokens']:,} tokens in {record['parts']}"
+            f" {'part' if record['parts'] == 1 else 'parts'},"
             f" {record['bytes']:,} bytes; built {record['built']} in {record['seconds']:.1f} s"
         )

@@ -48,4 +48,4 @@ def form_of_ids(ids: Sequence[int], vocab_size: int | None = None) -> Form:
         if number < 0 or (vocab_size is not None and number >= vocab_size):
             limit = "" if vocab_size is None else f" below {vocab_size}"
             raise ConfigError(f"--ids: {number} is not a token id; expected integers >= 0{limit}")
-    return Form(tuple(ids), "ids")
+    return Form(tuple(ids), "as given")

@@ -1,6 +1,6 @@
 """A trace as lines to read: where the text stands, what is around it, when it was seen."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -29,7 +29,7 @@ Mark = Callable[[str], str]
 def trace_lines(trace: Trace, shown: str, limit: int, mark: Mark) -> Iterator[str]:
     """The lines of a trace; `mark` sets the text apart in its context, `shown` is its name."""
     yield headline(trace, shown)
-    forms = (f"{len(form.ids)} tokens {form.name}" for form in trace.forms)
+    forms = (f"{len(form.ids)} {tokens(form.ids)} {form.name}" for form in trace.forms)
     yield f"looked for {', '.join(forms)} in {HOW[trace.how]}: {trace.seconds:.3f} s"
     yield from trace.notes
     if not len(trace):
@@ -155,3 +155,8 @@ def checkpoint_lines(trace: Trace) -> Iterator[str]:
     yield "seen before checkpoint"
     for name, (count, _) in zip(names, groups, strict=True):
         yield f"  {name:>{width}}  {times(count, 'time')}"
+
+
+def tokens(ids: Sequence[int]) -> str:
+    """The noun for so many."""
+    return "token" if len(ids) == 1 else "tokens"

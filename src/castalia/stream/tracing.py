@@ -240,6 +240,11 @@ def last_step(stream: Stream, before: int | None, planned: bool) -> int:
     if before is not None:
         if before < 1:
             raise ConfigError(f"--before {before}: no step is before it; give 1 to {stream.steps}")
+        if before > stream.steps:
+            raise ConfigError(
+                f"--before {before}, steps 0 to {before - 1}: the run has steps 0 to"
+                f" {stream.steps - 1}; give 1 to {stream.steps}"
+            )
         stream.check_steps(0, before, planned=planned)
         return before
     stop = stream.steps if planned else stream.known

@@ -57,6 +57,11 @@ def parse_steps(text: str, batches: BatchSizes | int, total: int) -> Steps:
     end = begin + 1
     if colon:
         end = int(words[1] or total)
+    if colon and begin >= end and begin < total:
+        raise ConfigError(
+            f"--steps {text}: no step; the end is exclusive and comes after the beginning, as in"
+            f" {begin}:{begin + 1}"
+        )
     if not begin < end <= total:
         asked = f"steps {begin} to {end - 1}" if colon else f"step {begin}"
         raise ConfigError(f"--steps {text}: {asked}, but the run has steps 0 to {total - 1}")
