@@ -340,7 +340,7 @@ def test_files_that_do_not_compare_are_refused(tmp_path: Path):
     refused(ConfigError, "no file", tmp_path / "none.parquet")
     refused(ConfigError, "both named 'x'", f"x={good}", f"x={good}")
     far = scan_table({2: matches}, index=np.array([0, 1, 2, 10**15]))
-    refused(CastaliaError, "need 1000000.00 GB", scan_file(tmp_path / "j.parquet", far))
+    refused(CastaliaError, "need 909 TiB of disk", scan_file(tmp_path / "j.parquet", far))
     refused(CheckpointError, "no checkpoint of step 7; the nearest is 2", good, steps="2,7")
 
 

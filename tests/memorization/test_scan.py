@@ -119,12 +119,17 @@ def test_checkpoints_of_an_earlier_file_are_kept(run, tmp_path):
     assert drawn[2] == [index for index in drawn[8] if index < 24] and min(drawn[8]) >= 4
 
 
-def test_rows_that_a_curriculum_cuts_are_no_windows(run, tmp_path):
-    words = [str(run), "curriculum.kind=linear", "curriculum.shortest=16"]
-    (job,) = jobs_of([str(run)], "2", Options(), tmp_path / "x.parquet", words)
-    with pytest.raises(ConfigError, match=r"windows have 64 tokens, and the curriculum of .* 17 "):
-        scan(job, say=silent)
-    assert not list(tmp_path.iterdir())
+def test_rows_shorter_than_a_window_are_left_out(run, whole, tmp_path):
+    words = [str(run), "curriculum.kind=discrete", "curriculum.lengths=[16,64]"]
+    words += ["curriculum.until=[6]", "curriculum.shortest=16"]
+    (job,) = jobs_of([str(run)], "4,8", Options(), tmp_path / "x.parquet", words)
+    lines: list[str] = []
+    assert [each.rows for each in scan(job, say=lines.append)] == [0, 24]
+    assert lines[1].endswith(", 72 are shorter than a window")
+    found = parquet.read_table(tmp_path / "x.parquet")
+    rows = parquet.read_table(whole)
+    rows = rows.filter(np.asarray(rows["step"]) == 8).slice(72)
+    assert found.to_pydict() == rows.to_pydict()
 
 
 def test_models_without_a_run_need_a_stream(run, whole, tmp_path):

@@ -45,6 +45,13 @@ class Completions(NamedTuple):
         return Completions(self.made[places], self.exact[places], losses, self.near[places])
 
 
+def nothing(wanted: Wanted, continuation: int) -> Completions:
+    """The completions of no window."""
+    no = np.empty(0, np.bool_)
+    losses = np.empty(0, np.float32) if wanted.loss else None
+    return Completions(np.empty((0, continuation), np.int64), no, losses, no)
+
+
 def in_parallel(readers: Sequence[Reader], windows: Ids, wanted: Wanted) -> Completions:
     """The completions of R >= 1 windows (R, prompt + N), each reader on a thread of its own."""
     # No more at once than leaves work for every reader.

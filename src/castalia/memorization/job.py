@@ -138,8 +138,6 @@ class Job:
                 f" {self.options.continuation} tokens need rows of {self.options.window}, and rows"
                 f" of this stream have {have}; choose a smaller --prompt or --continuation"
             )
-        if stream.config.curriculum.kind != "none":
-            require_read(stream, self.options.window)
         return stream
 
     def seen(self, step: int) -> int:
@@ -190,16 +188,6 @@ class Job:
     def stream_name(self) -> str:
         """The name of the run whose rows are read."""
         return Path(self.stream.config.output).name
-
-
-def require_read(stream: Stream, window: int) -> None:
-    """Raises  ConfigError if a curriculum leaves out tokens of the windows of some steps."""
-    have = min(stream.curriculum.length(step) for step in range(1, stream.steps + 1)) + 1
-    if have < window:
-        raise ConfigError(
-            f"windows have {window} tokens, and the curriculum of {stream.config.output} leaves"
-            f" {have} tokens of the rows of some steps; choose a smaller --prompt or --continuation"
-        )
 
 
 def hash_of(value: object) -> str:

@@ -25,13 +25,14 @@ from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
 from castalia.core.workers import WorkerPool
-from castalia.memorization.completion import Completions, Wanted, in_parallel
+from castalia.memorization.completion import Completions, Wanted, in_parallel, nothing
 from castalia.memorization.engines import Readers, load_readers
 from castalia.memorization.job import Job, Options, Shard, hash_of
 from castalia.memorization.reader import Ids, Reader
 from castalia.memorization.recall import memorization_score
 from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
 from castalia.models import parameter_counts
+from castalia.stream.opening import steps_of
 
 WAIT_SECONDS = 0.2
 """Between two looks at the shards that other processes compute."""
@@ -214,18 +215,18 @@ class Worker:
         """Score the rows of a shard and write its part."""
         start = time.monotonic()
         readers = self.readers_at(shard.checkpoint.path)
-        windows = self.windows(shard, readers.model.config.vocab_size)
+        windows, places = self.windows(shard, readers.model.config.vocab_size)
         done = completed(readers.readers, windows, self.job.options)
         options = self.job.options
-        step_row = np.array([self.job.stream.step_of(int(place)) for place in shard.places])
+        _, row = steps_of(self.job.stream.sizes, places)
         score = None
         if options.score:
             score = memorization_score(done.made, windows[:, options.prompt :])
         count = len(windows)
         columns = {
             "step": np.full(count, shard.checkpoint.step),
-            "row": step_row[:, 1],
-            "index": np.asarray(shard.places),
+            "row": row,
+            "index": places,
             "prompt": np.full(count, options.prompt),
             "continuation": np.full(count, options.continuation),
             "score": score,
@@ -234,10 +235,12 @@ class Worker:
         }
         facts = {"near_ties": int(done.near.sum()), "arithmetic": readers.arithmetic}
         write_part(part, columns, facts)
+        short = len(shard.places) - count
         rate = count / max(time.monotonic() - start, 1e-9)
         self.say(
             f"step {shard.checkpoint.step}: rows {shard.places[0]:,} to {shard.places[-1]:,},"
             f" {int(done.exact.sum()):,} of {count:,} exact, {rate:,.0f} rows/s"
+            + (f", {short:,} are shorter than a window" if short else "")
         )
 
     def readers_at(self, path: str) -> Readers:
@@ -256,30 +259,37 @@ class Worker:
             self.path = path
         return self.readers
 
-    def windows(self, shard: Shard, size: int) -> Ids:
-        """The first tokens of the rows of a shard, (R, window), all below `size`.
+    def windows(self, shard: Shard, size: int) -> tuple[Ids, Ids]:
+        """The first tokens of the rows of a shard, (R, window), all below `size`, and their places,
+        (R,). A row of which its step read fewer tokens is left out: the rest would be padding.
 
         Raises  DataError for ids that the model does not know.
         """
         length = self.job.options.window
-        parts = [
-            block.tokens[:, :length]
-            for places in runs_of(shard.places)
-            for block in self.job.stream.blocks(places)
-        ]
+        parts = [np.empty((0, length), np.int64)]
+        places = [np.empty(0, np.int64)]
+        for neighbours in runs_of(shard.places):
+            for block in self.job.stream.blocks_read(neighbours):
+                whole = np.flatnonzero(block.filled >= length)
+                if not len(whole):
+                    continue  # a curriculum's rows may be narrower than a window
+                parts.append(block.tokens[whole, :length].astype(np.int64, copy=False))
+                places.append(np.asarray(block.places, np.int64)[whole])
         windows = np.concatenate(parts)
-        if windows.max() >= size:
+        if len(windows) and windows.max() >= size:
             raise DataError(
                 f"the rows have id {windows.max()}, and {shard.checkpoint.path} knows {size}: the"
                 " stream is of another tokenizer"
             )
-        return windows
+        return windows, np.concatenate(places)
 
 
 def completed(readers: Sequence[Reader], windows: Ids, options: Options) -> Completions:
     """The completions of windows (R, prompt + N); equal ones are computed once."""
-    unique, places = np.unique(windows, axis=0, return_inverse=True)
     wanted = Wanted(options.prompt, options.score, options.loss)
+    if not len(windows):
+        return nothing(wanted, windows.shape[1] - options.prompt)
+    unique, places = np.unique(windows, axis=0, return_inverse=True)
     return in_parallel(readers, unique, wanted).at(places.reshape(-1))
 
 

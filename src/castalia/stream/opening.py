@@ -39,6 +39,13 @@ class Block(RowBlock):
     places: range
     """Place of each row in the run's order."""
 
+    @property
+    def filled(self) -> NDArray[np.int64]:
+        """(R,) tokens of each row that are of documents; what follows is padding."""
+        table = self.table
+        found = np.bincount(table.row_of_span, table.lengths, minlength=len(self.tokens))
+        return found.astype(np.int64)
+
     def part(self, begin: int, end: int) -> "Block":
         """Rows `begin` to `end` - 1 of the block, as views."""
         rows = slice(begin, end)

@@ -94,9 +94,8 @@ class PieceTexts:
         width = block.tokens.shape[1]
         row = block.table.row_of_span
         lengths = block.table.lengths
-        filled = np.bincount(row, lengths, minlength=len(block.tokens)).astype(np.int64)
         # A row that ends early is padded, and padding is no text.
-        inside = np.arange(width) < filled[:, None]
+        inside = np.arange(width) < block.filled[:, None]
         flat = block.tokens[inside].astype(np.int64, copy=False)
         borders = np.concatenate(([0], np.cumsum(lengths)))
         ids = np.insert(flat, borders, self.separator)
