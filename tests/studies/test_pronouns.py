@@ -67,12 +67,14 @@ def test_she_becomes_more_probable_than_under_the_control(parent, tmp_path):
     assert "intervention from 40" in page and "engineer" in page
     lines = (output / "bias.csv").read_text().splitlines()
     assert len(lines) == 1 + len(record["rows"])
-    # The same command again, after a line that a kill cut, measures that one alone.
+    # The same command again, after a line that a kill cut, measures that one, and one whose
+    # checkpoint was another.
     kept = (output / MEASURED).read_text().splitlines()
+    kept[0] = json.dumps(json.loads(kept[0]) | {"manifest": "0", "bias": 9.0})
     (output / MEASURED).write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20])
     said.clear()
     assert pronouns([str(parent)], ["67%"], output, said.append) == record
-    assert sum("nats" in line for line in said) == 1
+    assert sum("nats" in line for line in said) == 2
     assert json.loads((output / "study.json").read_text())["effects"] == record["effects"]
 
 

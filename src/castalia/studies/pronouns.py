@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.checkpoint.find import complete_steps
+from castalia.checkpoint.manifest import MANIFEST
 from castalia.checkpoint.names import step_name
 from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError
-from castalia.core.files import claimed, write_json
+from castalia.core.files import claimed, sha256_of, write_json
 from castalia.eval.bits import HeldOut, source_bits
 from castalia.eval.held_out import WHOLE, document_bytes, sources_of
 from castalia.inference import LanguageModel, load
@@ -61,6 +62,9 @@ class Row(NamedTuple):
     by_profession: Mapping[str, float]
     perplexity: float | None
     """Of unchanged validation text, by token; None for a run without."""
+    manifest: str
+    """SHA-256 of the checkpoint's manifest, which has the hashes of its files: a run that was
+    trained again is measured again."""
 
 
 def pronouns(paths: Sequence[str], at: Sequence[str], output: Path, say: Say) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def pronouns(paths: Sequence[str], at: Sequence[str], output: Path, say: Say) ->
         known = read_rows(output / MEASURED)
         rows = []
         for item in checkpoints_of(branches):
-            place_of = (item.folder, item.step)
+            place_of = (item.folder, item.step, manifest_hash(item))
             # Two branches from one checkpoint share a control.
             known[place_of] = known.get(place_of) or measured(output, say, item)
             rows.append(known[place_of]._replace(run=item.run, at=item.at, kind=item.kind))
@@ -150,7 +154,15 @@ def measured(output: Path, say: Say, item: Item) -> Row:
     model = load(str(folder / "checkpoints" / step_name(item.step)))
     by_profession = {name: preference(model, name) for name in PROFESSIONS}
     bias = math.fsum(by_profession.values()) / len(by_profession)
-    row = Row(*item[:3], item.step, item.folder, bias, by_profession, perplexity(model, folder))
+    row = Row(
+        *item[:3],
+        item.step,
+        item.folder,
+        bias,
+        by_profession,
+        perplexity(model, folder),
+        manifest_hash(item),
+    )
     with open(output / MEASURED, "a", encoding="utf-8") as file:
         file.write(json.dumps(row._asdict()) + "\n")
     say(f"{folder.name}, step {item.step}: she over he {bias:+.3f} nats")
@@ -204,8 +216,13 @@ def perplexity(model: LanguageModel, folder: Path) -> float | None:
     return math.exp(loss / tokens)
 
 
-def read_rows(path: Path) -> dict[tuple[str, int], Row]:
-    """The checkpoints that were measured before, by folder and step."""
+def manifest_hash(item: Item) -> str:
+    """SHA-256 of a checkpoint's manifest."""
+    return sha256_of(Path(item.folder) / "checkpoints" / step_name(item.step) / MANIFEST)
+
+
+def read_rows(path: Path) -> dict[tuple[str, int, str], Row]:
+    """The checkpoints that were measured before, by folder, step and manifest."""
     rows = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     whole = []
@@ -215,7 +232,7 @@ def read_rows(path: Path) -> dict[tuple[str, int], Row]:
         except ValueError:
             continue  # cut by a kill
         whole.append(line)
-        rows[row.folder, row.step] = row
+        rows[row.folder, row.step, row.manifest] = row
     if len(whole) < len(lines):
         # The next line would be put behind the piece of one.
         path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
