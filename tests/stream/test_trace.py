@@ -247,7 +247,7 @@ def test_texts_and_refusals(four_steps, tmp_path):
     assert json.loads(listed.stdout) == list(found.records())
     folder = ["--index-folder", str(tmp_path)]
     built = CliRunner().invoke(app, ["index", str(four_steps), *folder, "--json"])
-    records = [json.loads(line) for line in built.stdout.splitlines()]
+    records = json.loads(built.stdout)
     assert [record["prefix"] for record in records] == [
         source.dataset.prefix for source in stream.rows.train.row_sources
     ]

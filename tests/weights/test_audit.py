@@ -268,6 +268,11 @@ def test_faults_of_a_run(learning, tmp_path):
         ("missing", ""),
     ]
     assert "3 of 10 expected revisions are missing: 4, 6, 8" in str(audit(str(run)).findings)
+    # Weights of another step are named: a flipped bit is not.
+    (changed,) = (steps / "step-00000002").glob("model-*")
+    shutil.copy(next((steps / "step-00000010").glob("model-*")), changed)
+    what = [finding.what for finding in audit(str(run)).findings if finding.kind == "damaged"]
+    assert [text.endswith("; it is that of step10") for text in what] == [True, False]
 
 
 def test_start_weights_of_another_seed(learning, tmp_path):

@@ -216,6 +216,7 @@ def index(
     from castalia.stream.index.files import token_files_of
     from castalia.terminal.progress import bytes_progress
 
+    records = []
     for dataset in token_files_of(prefixes):
         size = dataset.dtype.itemsize
         with bytes_progress("index", [dataset.prefix]) as advance:
@@ -227,11 +228,13 @@ def index(
             record = build_index(
                 dataset, index_folder, workers=workers, overwrite=overwrite, on_tokens=on_tokens
             )
+        records.append(record)
         if as_json:
-            typer.echo(json.dumps(record))
             continue
         typer.echo(
             f"{record['index']}: {record['tokens']:,} tokens in {record['parts']}"
             f" {'part' if record['parts'] == 1 else 'parts'},"
             f" {record['bytes']:,} bytes; built {record['built']} in {record['seconds']:.1f} s"
         )
+    if as_json:
+        typer.echo(json.dumps(records))

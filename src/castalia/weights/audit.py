@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from castalia.checkpoint.load import verify
+from castalia.checkpoint.manifest import read_manifest
 from castalia.core.errors import CheckpointError
-from castalia.core.files import several
+from castalia.core.files import several, sha256_of
 from castalia.curate.verify import read_hashes
 from castalia.weights.alike import file_findings, finite_findings, tensor_findings
 from castalia.weights.equal import Model, identity, same_weights, shared_findings
@@ -102,7 +103,8 @@ def read_model(
                 findings += unlisted(revision)
             checkpoint = measure(stored(revision, series.is_run))
         except CheckpointError as error:
-            findings.append(Finding("damaged", str(revision.folder), str(error)))
+            what = f"{error}{owner_of(revision, series)}"
+            findings.append(Finding("damaged", str(revision.folder), what))
             continue
         tally.end(checkpoint)
         revisions.append(revision)
@@ -111,6 +113,32 @@ def read_model(
     model = Model(series, revisions, checkpoints, stillness_of(series, still_until, states))
     findings += progress_findings(model, states)
     return model, findings
+
+
+def owner_of(revision: Revision, series: Series) -> str:
+    """Of which other step of a run a changed file is, `; it is that of step 400`, or nothing.
+
+    Only a damaged checkpoint is asked, so its files are hashed once more.
+    """
+    if not series.is_run:
+        return ""
+    owners: dict[str, str] = {}
+    own = {}
+    for each in series.revisions:
+        try:
+            files = read_manifest(each.folder).files
+        except CheckpointError:
+            continue
+        if each == revision:
+            own = files
+        else:
+            owners |= {entry.sha256: each.name for entry in files.values()}
+    for name, entry in own.items():
+        path = revision.folder / name
+        digest = sha256_of(path) if path.is_file() else entry.sha256
+        if digest != entry.sha256 and digest in owners:
+            return f"; it is that of {owners[digest]}"
+    return ""
 
 
 def unlisted(revision: Revision) -> Iterator[Finding]:
