@@ -149,6 +149,12 @@ def test_the_study_from_end_to_end(run, tmp_path, monkeypatch):
     ]  # fmt: skip
     assert term_frequency([str(run)], STUDY, output, say=lambda text: None) == record
     assert len(loaded) == 3
+    # A checkpoint that was trained again is measured again, and the others stay.
+    weights = json.loads((output / "weights.json").read_text())
+    weights["run step 4"] = "of another training"
+    (output / "weights.json").write_text(json.dumps(weights))
+    assert term_frequency([str(run)], STUDY, output, say=lambda text: None) == record
+    assert [Path(path).name for path in loaded[3:]] == ["step4"]
 
     lines = (output / "accuracy.csv").read_text().splitlines()
     assert lines[0] == "model,checkpoint,task,fewshot,acc,acc_stderr,x1,count"

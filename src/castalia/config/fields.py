@@ -40,10 +40,14 @@ def field_at(root: type[BaseModel], path: list[str], values: Any = None) -> Fiel
     field = None
     cls: type[BaseModel] | None = root
     for name in path:
+        values = inside(values, name)
+        if field is not None and name.isdecimal() and get_origin(field.annotation) is list:
+            # One of a list of sections, by its place.
+            cls = next(iter(sections(field, values)), None)
+            continue
         if cls is None or name not in cls.model_fields:
             return None
         field = cls.model_fields[name]
-        values = inside(values, name)
         cls = next(iter(sections(field, values)), None)
     return field
 

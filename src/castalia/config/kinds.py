@@ -19,7 +19,9 @@ from castalia.core.registry import Registry
 
 
 def inside(values: Any, key: str) -> Any:
-    """The value of `key`; None if `values` is not a mapping or lacks it."""
+    """The value of `key`, of a list that at the place `key`; None if `values` lacks it."""
+    if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
+        return values[int(key)]
     if not isinstance(values, Mapping):
         return None
     return values.get(key)

@@ -31,6 +31,7 @@ from castalia.studies.term_frequency_rows import (
     RowFile,
     gaps,
     means,
+    place_of,
     read_counts,
     read_published,
     row_of,
@@ -156,7 +157,7 @@ def term_frequency(
     published = [row for file in files for row in read_published(file)]
     with claimed(output):
         file = RowFile(output)
-        rows = file.begin(study.options())
+        rows = file.current(file.begin(study.options()), weights_of(checkpoints))
         counts: dict[tuple[str, int, int], int] = {}
         for path in files:
             counts |= read_counts(Path(path))
@@ -174,6 +175,15 @@ def wanted_keys(checkpoints: Iterable[Checkpoint], study: FrequencyStudy) -> set
         for each in checkpoints
         for task in study.tasks
         for shots in study.shots
+    }
+
+
+def weights_of(checkpoints: Iterable[Checkpoint]) -> dict[str, str]:
+    """The hash of each checkpoint's weights, as evaluations know it, where it has one."""
+    return {
+        place_of(each.model, step_of(each)): each.weights_hash
+        for each in checkpoints
+        if each.weights_hash
     }
 
 

@@ -59,6 +59,11 @@ def row_of(key: Key, x1: int, right: int, count: int) -> Row:
     return Row(*key, x1, share, spread)
 
 
+def place_of(model: str, step: int) -> str:
+    """A checkpoint's name in the file of hashes."""
+    return f"{model} step {step}"
+
+
 @dataclass(frozen=True)
 class RowFile:
     """Rows as JSON lines beside the options that they were measured with."""
@@ -95,6 +100,24 @@ class RowFile:
             with atomic_write(path) as file:
                 file.write(whole)
         return [Row(*row) for line in whole.splitlines() for row in json.loads(line)]
+
+    def current(self, rows: Sequence[Row], weights: Mapping[str, str]) -> list[Row]:
+        """The rows but those of a checkpoint that was trained again: these are measured again.
+
+        `weights` has the hash of each checkpoint by `place_of`, as far as it has one.
+        """
+        path = self.folder / "weights.json"
+        before = read_json(path) if path.is_file() else {}
+        kept = []
+        for row in rows:
+            place = place_of(row.model, row.step)
+            if before.get(place) == weights.get(place, before.get(place)):
+                kept.append(row)
+        if len(kept) < len(rows):
+            with atomic_write(self.folder / "rows.jsonl") as file:
+                file.writelines(json.dumps([row]) + "\n" for row in kept)
+        write_json(path, {**before, **weights})
+        return kept
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append the rows of one key, as one line: all or none are read back."""
