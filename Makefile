@@ -38,6 +38,7 @@ bench: install
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/eval.py
+	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/report.py
 
 clean:

@@ -9,7 +9,7 @@ batches   the rows of steps as arrays, numpy files and lines, against GPT-NeoX's
           loader, where --peer names a checkout of GPT-NeoX.
 count     counts of terms, patterns and pairs against a plain loop over decoded rows.
 memorize  rows a second against transformers' `generate`, on a model of Pythia's shape that is
-          trained first, and on the miniature suite's largest.
+          trained first, and on one of the miniature suite's.
 
 Each part is a script of its own, `analysis_<part>.py`, which says what it measures; its process
 ends before the next one begins. The JSON has the records of all parts.
@@ -31,7 +31,7 @@ PARTS: dict[str, list[list[str]]] = {
     "trace": [[]],
     "batches": [[]],
     "count": [[]],
-    "memorize": [["--shape", "pythia-14m"], ["--shape", "mini"]],
+    "memorize": [["--shape", "pythia-14m"], ["--shape", "mini", "--steps", "200"]],
 }
 """Part -> the options of each run of its script."""
 
@@ -42,7 +42,7 @@ def main() -> None:
     record: dict[str, Any] = {"machine": machine.describe()}
     for part in options.parts:
         for words in PARTS[part]:
-            name = " ".join([part, *words[1:]])
+            name = " ".join([part, *words[1:2]])
             print(f"\n== {name}", flush=True)
             more = ["--peer", str(options.peer)] if part == "batches" and options.peer else []
             record[name] = run(part, [*words, *more])

@@ -102,21 +102,14 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def trained(shape: str, steps: int, folder: Path) -> str:
-    """A short run of a model of a preset's shape on the bytes of the machine's text."""
+    """A short run of a model of a preset's shape on the machine's text, that of `mini` on its
+    own."""
     import castalia
 
-    castalia.train(
-        shape,
-        "data.corpus=python",
-        "data.tokenizer=bytes",
-        "data.seq_length=128",
-        "precision=fp32",
-        "train.batch_size=8",
-        "checkpoint.every=null",
-        "checkpoint.steps=[]",
-        steps=steps,
-        output=str(folder),
-    )
+    words = ["precision=fp32", "train.batch_size=8", "checkpoint.every=null", "checkpoint.steps=[]"]
+    if shape != "mini":
+        words += ["data.corpus=python", "data.seq_length=128"]
+    castalia.train(shape, *words, steps=steps, output=str(folder))
     return str(folder)
 
 
