@@ -257,6 +257,8 @@ def test_texts_and_refusals(four_steps, tmp_path):
     answer = json.loads(CliRunner().invoke(app, behind).stdout)
     assert text[6] in [entry["text"] for entry in answer["next"]] or len(answer["next"]) == 3
     assert answer["text"] == text[:6]
+    both = CliRunner().invoke(app, [*behind, "--before", "2", "--scan"])
+    assert "leave out --before --scan" in str(both.exception)
     wrong = CliRunner().invoke(app, ["index", str(tmp_path / "nothing")])
     assert "no such file" in str(wrong.exception)
     ids = ",".join(map(str, row[5:20].tolist()))

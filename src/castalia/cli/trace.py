@@ -96,6 +96,7 @@ def trace(
     from castalia.stream.tracing import trace as find
 
     run, text, ids = asked(words, search.ids)
+    check_next(search, answer)
     stream = open_stream(run, lambda line: typer.echo(line, err=True))
     if answer.next_ids is not None:
         show_next(stream, text, ids, answer.next_ids, search.index_folder, as_json)
@@ -135,6 +136,27 @@ def asked(words: list[str], ids: str | None) -> tuple[list[str], str | None, lis
     if not all(word.isascii() and word.isdigit() for word in numbers):
         raise ConfigError(f"--ids {ids!r}: expected token ids such as 510,2904,13")
     return words, None, [int(word) for word in numbers]
+
+
+def check_next(search: SearchFlags, answer: AnswerFlags) -> None:
+    """Check that continuations are not asked of some steps: the token files have none.
+
+    Raises  ConfigError.
+    """
+    from castalia.core.errors import ConfigError
+
+    given = {
+        "--before": search.before is not None,
+        "--planned": search.planned,
+        "--scan": search.scan,
+        "--count-only": answer.count_only,
+    }
+    idle = [option for option, wanted in given.items() if wanted]
+    if answer.next_ids is not None and idle:
+        raise ConfigError(
+            f"--next counts what follows a text in the token files, whatever steps read it; leave"
+            f" out {' '.join(idle)}"
+        )
 
 
 def show(found: "Trace", shown: str, flags: AnswerFlags, as_json: bool) -> None:
