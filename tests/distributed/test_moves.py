@@ -22,6 +22,7 @@ def test_moves_between_kinds_of_layout():
     moves()
 
 
+@pytest.mark.slow
 def test_moves_of_split_queries_keys_and_values():
     moves("--model", "llama")
 

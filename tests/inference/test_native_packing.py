@@ -102,7 +102,15 @@ def test_whole_numbers_are_summed_exactly(
 
 
 @pytest.mark.skipif(compiled.chosen_compiler() is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("processor", [[], ["-mavx2", "-mfma"], ["-mavx2", "-mfma", "-mavxvnni"]])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        # Plain C++ is slow.
+        pytest.param([], marks=pytest.mark.slow),
+        ["-mavx2", "-mfma"],
+        ["-mavx2", "-mfma", "-mavxvnni"],
+    ],
+)
 def test_processors_with_fewer_instructions_sum_the_same(
     layer: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, processor: list[str]
 ) -> None:

@@ -25,7 +25,9 @@ def prompts_of(text: str, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
-@pytest.mark.parametrize("draft", ["lookup", "itself", "early"])
+@pytest.mark.parametrize(
+    "draft", ["lookup", "itself", pytest.param("early", marks=pytest.mark.slow)]
+)
 def test_greedy_text_is_the_models_own_on_200_prompts(
     run_folder: Path, early: LanguageModel, known_text: str, engine: str, draft: str
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_resumed_reference_is_the_start_of_the_run(make, tmp_path):
         make(*words, "train.steps=2", f"model.start={tmp_path}/other")
 
 
+@pytest.mark.slow
 def test_ranks_change_nothing(tmp_path):
     alone = {}
     for number, (layout, words) in enumerate(LAYOUTS.items()):
