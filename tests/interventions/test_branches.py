@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.runs.rows import rows_as_trained
 from castalia.stream.opening import open_stream
-from castalia.studies.branching import compared, other_rows, plan_branch, train_branch
+from castalia.studies.branching import compared, other_rows, plan_branch, threads_of, train_branch
 from castalia.studies.dry_runs import reported
 from castalia.train.run import run
 
@@ -35,7 +36,17 @@ def parent(config_with, request):
 def asked(*words):
     done = CliRunner().invoke(app, ["intervene", *words, "--json"])
     assert done.exit_code == 0, (done.output, done.exception)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)
+
+
+def test_a_branch_has_as_many_threads_as_its_run(tmp_path):
+    threads = torch.get_num_threads()
+    with threads_of(tmp_path):
+        assert torch.get_num_threads() == threads
+    (tmp_path / "env.json").write_text(json.dumps({"threads": threads + 1}))
+    with threads_of(tmp_path):
+        assert torch.get_num_threads() == threads + 1
+    assert torch.get_num_threads() == threads
 
 
 def test_a_branch_that_changes_nothing_and_one_that_swaps(parent, tmp_path):

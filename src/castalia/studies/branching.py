@@ -3,6 +3,7 @@ equal, beside a control without a change."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from castalia.checkpoint.names import step_name
 from castalia.checkpoint.tensors import checkpoint_tensors
 from castalia.config.values import Values, flatten, parse_override, read_yaml
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.core.files import write_json
+from castalia.core.files import read_json, write_json
 from castalia.data.fingerprint import changed
 from castalia.data.intervention_config import SHARE, as_step, step_or_share
 from castalia.monitor.sinks.jsonl import read_metrics
@@ -216,7 +217,8 @@ def train_branch(branch: Branch, say: Say) -> dict[str, Any]:
             say(f"{title}: {config.output} is trained")
             continue
         say(f"{title}: training {config.output} from step {branch.checkpoint}")
-        run(config, ["castalia", "train", config.output])
+        with threads_of(Path(branch.parent.output)):
+            run(config, ["castalia", "train", config.output])
     control = Path(folders["control"])
     result = {
         "run": branch.parent.output,
@@ -229,6 +231,20 @@ def train_branch(branch: Branch, say: Say) -> dict[str, Any]:
     }
     write_json(Path(folders[branch.name]) / RESULT, result)
     return result
+
+
+@contextmanager
+def threads_of(folder: Path) -> Iterator[None]:
+    """As many threads of torch as the run in a folder had: another number adds up in another order,
+    and the control would differ from the run in its last bits."""
+    before = torch.get_num_threads()
+    path = folder / "env.json"
+    recorded = read_json(path).get("threads") if path.is_file() else None
+    torch.set_num_threads(recorded or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def require_same_branch(branch: Branch, config: RunConfig) -> None:
