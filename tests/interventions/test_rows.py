@@ -11,7 +11,10 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data import StepLoader
 from castalia.data.ready_rows import write_rows
 from castalia.data.row_blocks import read_block
-from castalia.interventions.rewriting import Replacement, Rewriter, replaced
+from castalia.data.row_changes import ServedRow
+from castalia.data.span_table import DocumentSpan
+from castalia.interventions.intervention import edited
+from castalia.interventions.rewriting import Replacement, Rewriter, TokenEdit, replaced
 from castalia.stream.opening import stream_of
 from castalia.tokenizers.tokenizer import load_tokenizer
 
@@ -53,7 +56,6 @@ def test_a_swap_changes_the_rows_that_have_a_word_and_no_other(rows_with, tokeni
             assert served.origin is None and np.array_equal(served.tokens, before)
             continue
         changed += 1
-        now = tokenizer.decode(served.tokens)
         filled = sum(span.length for span in served.spans)
         # A longer text loses its end at the row's, a shorter one is filled up with id 0.
         now = tokenizer.decode(served.tokens[:filled])
@@ -170,6 +172,22 @@ def test_policies_for_another_length(rows_with, tokenizer):
         filled = sum(span.length for span in served.spans)
         assert (batch.labels[place, max(0, filled - 1) :] == -100).all()
         assert (batch.labels[place, : filled - 1] >= 0).all()
+
+
+def test_places_of_tokens_through_two_changes_of_length():
+    """A token that neither change put there stands for itself in the unchanged row."""
+    spans = [DocumentSpan(0, 0, 5), DocumentSpan(1, 0, 7)]
+    row = ServedRow(np.arange(100, 112), spans)
+    longer = TokenEdit(2, 3, np.array([1, 2, 3]))
+    row = edited(row, [longer])
+    assert row.tokens.tolist() == [100, 101, 1, 2, 3, 103, 104, 105, 106, 107, 108, 109]
+    row = edited(row, [TokenEdit(0, 1, np.array([4, 5])), TokenEdit(6, 8, np.array([], np.int64))])
+    assert row.tokens.tolist() == [4, 5, 101, 1, 2, 3, 103, 106, 107, 108, 109, 0]
+    assert row.origin[:-1].tolist() == [0, 0, 1, 2, 2, 2, 3, 6, 7, 8, 9]
+    assert [span.length for span in row.spans] == [7, 4]
+    # Labels lie beside the unchanged tokens: those of 103 and 107 are no targets.
+    labels = np.where(np.isin(np.arange(100, 112), [103, 107]), -100, np.arange(100, 112))
+    assert row.labels(labels)[:-1].tolist() == [4, 5, 101, 1, 2, 3, -100, 106, -100, 108, 109]
 
 
 def test_a_dropped_document_is_no_target(rows_with, people, tokenizer):

@@ -159,7 +159,9 @@ def edited(row: ServedRow, edits: Sequence[TokenEdit]) -> ServedRow:
         old = np.zeros(size, np.bool_) if row.ignored is None else row.ignored
         ignored = old[whence]
         ignored[len(new) :] = True
-    return ServedRow(np.append(new, np.zeros(padding, np.int64)), spans, ignored, row.moved(whence))
+    # The row may be changed already: what its own tokens stand for is what the new ones do.
+    origin = whence if row.origin is None else row.origin[whence]
+    return ServedRow(np.append(new, np.zeros(padding, np.int64)), spans, ignored, origin)
 
 
 def spread(edit: TokenEdit, filled: int) -> NDArray[np.int64]:
