@@ -14,6 +14,7 @@ from castalia.data.row_blocks import read_block
 from castalia.data.row_changes import ServedRow
 from castalia.data.span_table import DocumentSpan
 from castalia.interventions.intervention import edited
+from castalia.interventions.report import dry_run
 from castalia.interventions.rewriting import Replacement, Rewriter, TokenEdit, replaced
 from castalia.stream.opening import stream_of
 from castalia.tokenizers.tokenizer import load_tokenizer
@@ -353,3 +354,24 @@ def test_what_interventions_cannot_go_with(config_with, rows_with, tmp_path):
     write_rows(rows, 0, BATCH, tmp_path / "before", {})
     with pytest.raises(ConfigError, match="leaves tokens that are no targets"):
         write_rows(rows, 0, len(PLACES), tmp_path / "behind", {})
+
+
+def test_a_report_counts_tokens_once_and_as_far_as_steps_read(config_with):
+    swaps = [
+        {"kind": "swap", "level": "tokens", "terms": [[" he", " she"], [" she", " he"]]},
+        {"kind": "regex", "pattern": r" (he|she)\b", "replacement": " théâtre", "length": "fit"},
+    ]
+    short = [f"curriculum.{word}" for word in ("kind=discrete", "lengths=[9,32]", "until=[6]")]
+    for words in ((), (*short, "curriculum.shortest=9")):
+        stream = stream_of(config_with(swaps, *words))
+        plain = stream_of(config_with((), *words))
+        found = dry_run(stream.rows.train, 0, STEPS, stream.curriculum, 3)
+        names = np.array(plain.tokenizer.encode(" he she"))
+        before = [step.seen.tokens for step in plain.batches(range(STEPS))]
+        after = [step.seen.tokens for step in stream.batches(range(STEPS))]
+        own = [np.isin(tokens, names) for tokens in before]
+        assert found.tokens == sum(tokens.size for tokens in before)
+        assert found.tokens_changed == sum(mask.sum() for mask in own) > 20
+        differ = [(one != other).any(1).sum() for one, other in zip(before, after, strict=True)]
+        assert found.rows_changed == sum(differ)
+        assert [rows for rows, _ in found.by_step.values()] == [count for count in differ if count]

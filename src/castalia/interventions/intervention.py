@@ -35,8 +35,10 @@ class Where(NamedTuple):
 class Notes:
     """What an intervention did to one row, for reports."""
 
+    before: ServedRow
+    """The row as it was given it."""
     edits: list[tuple[DocumentSpan, TokenEdit]] = field(default_factory=list)
-    """Each change with its document."""
+    """Each change with its document; its places are those of `before`."""
     left_out: list[str] = field(default_factory=list)
     """Why further changes were not made."""
 

@@ -61,10 +61,10 @@ class Interventions:
     def noted(self, row: ServedRow, source: int, place: int) -> tuple[ServedRow, list[Notes]]:
         """The same, with what each intervention did."""
         step, number = self.sizes.step_of(place)
+        where = Where(step, number, self.sizes.size(step), source)
         notes = []
         for item in self.items:
-            notes.append(Notes())
-            where = Where(step, number, self.sizes.size(step), source)
+            notes.append(Notes(row))
             if item.applies(where):
                 row = item(row, where, self.facts, notes[-1])
         return row, notes

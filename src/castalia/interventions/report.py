@@ -1,18 +1,19 @@
 """What interventions change, without training: rows, tokens and examples, by step and source."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
+from castalia.data.curriculum import Curriculum
 from castalia.data.row_changes import ServedRow
 from castalia.data.served import ServedRows
 from castalia.interventions.intervention import Notes
 from castalia.interventions.make import Interventions
-from castalia.interventions.rewriting import TokenEdit
 
 
 class Example(NamedTuple):
@@ -38,10 +39,11 @@ class Report:
     rows: int = 0
     """Rows of these steps."""
     tokens: int = 0
-    """Tokens of these rows, the last target of each included."""
+    """Tokens of these rows as their steps read them, the last target of each included."""
     rows_changed: int = 0
     tokens_changed: int = 0
-    """Tokens that are replaced: of a change of equal length those that differ."""
+    """Tokens that are replaced: of a change of equal length those that differ. One that several
+    interventions replace counts once."""
     targets_ignored: int = 0
     """Tokens that become no targets."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -90,19 +92,23 @@ class Report:
         }
 
 
-def dry_run(rows: ServedRows, first: int, stop: int, examples: int = 5) -> Report:
-    """What the interventions of a run's rows change in steps `first` to `stop` - 1.
+def dry_run(
+    rows: ServedRows, first: int, stop: int, curriculum: Curriculum, examples: int = 5
+) -> Report:
+    """What the interventions of a run's rows change in steps `first` to `stop` - 1, of what the
+    curriculum has these steps read.
 
     Raises  DataError for places that a mixed run has not read yet.
     """
     changes = made_of(rows)
     report = Report(first, stop)
     for step in range(first, stop):
+        read = curriculum.length(step + 1) + 1
         for place in changes.sizes.places(step):
             report.rows += 1
-            report.tokens += rows.seq_length + 1
+            report.tokens += read
             if changes.reaches(place):
-                add_row(report, rows, place, examples)
+                add_row(report, rows, place, read, examples)
     return report
 
 
@@ -112,8 +118,9 @@ def made_of(rows: ServedRows) -> Interventions:
     return rows.changes
 
 
-def add_row(report: Report, rows: ServedRows, place: int, examples: int) -> None:
-    """Count what happens to the row at a place, on all sides of a pair."""
+def add_row(report: Report, rows: ServedRows, place: int, read: int, examples: int) -> None:
+    """Count what happens to the first `read` tokens of the row at a place, on all sides of a
+    pair."""
     source, own_place = rows.locate(place)
     tokens = 0
     changed = False
@@ -128,15 +135,18 @@ def add_row(report: Report, rows: ServedRows, place: int, examples: int) -> None
             report.refused = [*report.refused, str(error)][:examples]
             continue
         for item, noted in zip(changes.items, notes, strict=True):
+            noted.edits = [(span, edit) for span, edit in noted.edits if edit.start < read]
             report.left_out.update(noted.left_out)
             report.by_intervention[item.where] += len(noted.edits)
             if len(report.examples) < examples:
                 found = examples_of(noted, changes, source, place, item.where)
                 report.examples = [*report.examples, *found][:examples]
-        tokens += sum(count_changed(edit, row) for noted in notes for _, edit in noted.edits)
-        changed |= not np.array_equal(after.tokens, row.tokens) or after.ignored is not None
+        tokens += int(replaced(row, notes)[:read].sum())
+        changed |= not np.array_equal(after.tokens[:read], row.tokens[:read])
         if after.ignored is not None:
-            report.targets_ignored += int(after.ignored.sum())
+            ignored = int(after.ignored[:read].sum())
+            report.targets_ignored += ignored
+            changed |= ignored > 0
     if changed:
         made = made_of(rows)
         count(report, made.sizes.step_of(place)[0], made.facts.names[source], tokens)
@@ -155,12 +165,19 @@ def count(report: Report, step: int, source: str, tokens: int) -> None:
         table[key] = (before[0] + 1, before[1] + tokens)
 
 
-def count_changed(edit: TokenEdit, row: ServedRow) -> int:
-    """Tokens that an edit replaces."""
-    old = row.tokens[edit.start : edit.stop]
-    if edit.growth or len(old) != len(edit.ids):
-        return len(old)
-    return int((old != edit.ids).sum())
+def replaced(row: ServedRow, notes: Sequence[Notes]) -> NDArray[np.bool_]:
+    """Which tokens of an unchanged row interventions replaced, (n,)."""
+    gone = np.zeros(len(row.tokens), np.bool_)
+    for noted in notes:
+        # An edit's places are those of the row that its intervention was given.
+        origin = noted.before.moved(np.arange(len(gone)))
+        for _, edit in noted.edits:
+            places = origin[edit.start : edit.stop]
+            if not edit.growth:
+                old = noted.before.tokens[edit.start : edit.stop]
+                places = places[old != edit.ids]
+            gone[places] = True
+    return gone
 
 
 def examples_of(

@@ -8,6 +8,7 @@ from castalia.data.run_rows import RunRows
 from castalia.interventions.make import Interventions
 from castalia.interventions.report import Report, dry_run
 from castalia.runs.rows import rows_as_trained
+from castalia.stream.opening import Stream
 from castalia.stream.viewing import parse_steps
 from castalia.studies.branching import Branch
 
@@ -45,14 +46,16 @@ def reported(rows: RunRows, branch: Branch, steps: str | None, examples: int) ->
     """
     changes = rows.train.changes
     assert isinstance(changes, Interventions)
-    total = branch.parent.train.steps
+    curriculum = Stream(branch.planned, rows, None).curriculum
     if steps is None:
         first = max(branch.checkpoint, min(item.first for item in changes.items))
-        return dry_run(rows.train, first, max(item.stop for item in changes.items), examples)
+        stop = max(item.stop for item in changes.items)
+        return dry_run(rows.train, first, stop, curriculum, examples)
+    total = branch.parent.train.steps
     chosen = parse_steps(steps, branch.parent.train.batches, total)
     if chosen.first < branch.checkpoint:
         raise ConfigError(
             f"--steps {steps}: the branch begins at checkpoint {branch.checkpoint}; the steps"
             " before are the run's own"
         )
-    return dry_run(rows.train, chosen.first, chosen.stop, examples)
+    return dry_run(rows.train, chosen.first, chosen.stop, curriculum, examples)
