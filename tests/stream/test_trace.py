@@ -22,6 +22,7 @@ from castalia.stream import (
     served_places,
     trace,
 )
+from castalia.stream.document_places import Covers
 from castalia.stream.opening import Stream
 
 STEPS = 60
@@ -146,6 +147,17 @@ class InThisProcess(ThreadPoolExecutor):
     def __init__(self, workers, begin, state):
         super().__init__(1)
         begin(pickle.loads(pickle.dumps(state)))
+
+
+def test_passes_of_more_texts_than_64_bits_of_places(prefixes, tmp_path):
+    places = served_places.ServedPlaces(opened(prefixes, tmp_path, "data.train=[A]"), STEPS)
+    places.stop = 1 << 44
+    text = np.array([0, 1 << 20, 0])  # the second one, times the places, is 0 of 64 bits
+    row = np.array([3, 4, 5])
+    no = np.zeros(3, bool)
+    found = Covers(text, row, np.zeros(3, np.int64), ~no, no)
+    passes = places.passes_before(found, row, text, row, np.zeros(3, np.int64))
+    assert passes.tolist() == [0, 0, 1]
 
 
 def test_kept_maps_and_workers_give_the_same(prefixes, tmp_path, monkeypatch):

@@ -152,12 +152,15 @@ class ServedPlaces:
         Shapes  text, place, at (n,) -> (n,); `found` are the rows of the texts, at `places`.
         """
         room = self.served.seq_length + 1
-        canonical = np.flatnonzero(~found.again)
-        # One number that ascends by text, then by place, then by the place in the row.
-        keys = (found.text * self.stop + places) * room + found.at
-        ascending = np.sort(keys[canonical])
-        first = np.searchsorted(ascending, text * self.stop * room)
-        return np.searchsorted(ascending, (text * self.stop + place) * room + at) - first
+        counted = np.flatnonzero(~found.again)
+        begins = places * room + found.at
+        # Ranks in place of `begins`: of 30 million texts in a run of Pythia's, text times places
+        # times room is beyond 64 bits.
+        ordered = np.unique(begins[counted])
+        base = len(ordered) + 1
+        keys = np.sort(found.text[counted] * base + np.searchsorted(ordered, begins[counted]))
+        before = text * base + np.searchsorted(ordered, place * room + at)
+        return np.searchsorted(keys, before) - np.searchsorted(keys, text * base)
 
     def with_epochs(self, found: Occurrences) -> Occurrences:
         """Occurrences that were read in rows, with the passes before each."""
