@@ -23,7 +23,7 @@ from castalia.stream.batches_rows import (
     text_of,
 )
 from castalia.stream.opening import open_stream
-from castalia.stream.processes import begin, do, over_stream
+from castalia.stream.processes import begin, do, in_processes
 
 SMALL = (
     "model.num_layers=1 model.hidden_size=32 data.seq_length=16 train.batch_size=4"
@@ -140,7 +140,7 @@ def test_a_worker_reads_the_same_rows(trained):
     here = hash_group(stream, range(1, 5))
     begin(pickle.loads(pickle.dumps((stream, hash_group))))
     assert do(range(3, 5)) == here[2:] and do(range(1, 4)) == here[:3]
-    with closing(over_stream(stream, hash_group, [range(2), range(2, 5)])) as found:
+    with closing(in_processes(stream, hash_group, [range(2), range(2, 5)])) as found:
         assert [pair for group in found for pair in group][1:] == here
 
 

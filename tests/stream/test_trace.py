@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from castalia.stream import (
     build_index,
     continuations,
     open_stream,
+    processes,
     row_scan,
     served_places,
     trace,
@@ -160,6 +162,15 @@ def test_passes_of_more_texts_than_64_bits_of_places(prefixes, tmp_path):
     assert passes.tolist() == [0, 0, 1]
 
 
+class Broken(InThisProcess):
+    """A pool whose worker has been killed."""
+
+    why_none_began = None
+
+    def submit(self, *task):
+        raise BrokenProcessPool("killed")
+
+
 def test_kept_maps_and_workers_give_the_same(prefixes, tmp_path, monkeypatch):
     cache = tmp_path / "maps"
     stream = opened(prefixes, tmp_path, *ORDERS["blend"], f"data.order_cache={cache}")
@@ -170,12 +181,15 @@ def test_kept_maps_and_workers_give_the_same(prefixes, tmp_path, monkeypatch):
         assert len([*cache.glob("trace-*.safetensors")]) == 1
         monkeypatch.setattr(served_places, "all_maps", None)  # now they are only read
     monkeypatch.setattr(row_scan, "WORTH_TOKENS", 0)
-    monkeypatch.setattr(row_scan, "WorkerPool", InThisProcess)
+    monkeypatch.setattr(processes, "WorkerPool", InThisProcess)
     monkeypatch.setattr(row_scan, "TASK_TOKENS", 17 * 60)
     read = []
     found = trace(stream, ids=(1, 2), rows=True, workers=2, on_tokens=read.append)
     assert list(found.records()) == expected
     assert sum(read) == 17 * stream.sizes.first(STEPS)
+    monkeypatch.setattr(processes, "WorkerPool", Broken)
+    with pytest.raises(DataError, match="a worker process died .*out of memory; use fewer with"):
+        trace(stream, ids=(1, 2), rows=True, workers=2)
 
 
 def test_an_index_gives_the_same_and_another_files_is_refused(prefixes, tmp_path):

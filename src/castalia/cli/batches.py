@@ -313,7 +313,7 @@ def show_hashes(
     from castalia.core.files import atomic_write
     from castalia.stream.batches import hash_group
     from castalia.stream.batches_rows import row_records
-    from castalia.stream.processes import over_stream
+    from castalia.stream.processes import in_processes
     from castalia.stream.viewing import Steps, save_ids
 
     if flags.ids:
@@ -323,7 +323,7 @@ def show_hashes(
         with atomic_write(flags.jsonl) as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     hashes = {}
-    for group in over_stream(stream, hash_group, stream.groups(steps), flags.workers):
+    for group in in_processes(stream, hash_group, stream.groups(steps), flags.workers):
         for step, rows_hash in group:
             if as_json:
                 hashes[step] = rows_hash

@@ -19,7 +19,7 @@ import numpy as np
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, claimed, read_json, write_json
 from castalia.stream.opening import Stream
-from castalia.stream.processes import over_stream
+from castalia.stream.processes import in_processes
 from castalia.stream.same_data import of_training
 from castalia.stream.viewing import step_hash
 
@@ -117,7 +117,7 @@ def save_batches(
         on_steps(len(steps) - len(missing))
         rows = 0
         work = partial(save_group, folder)
-        for done in over_stream(stream, work, stream.groups(missing), workers):
+        for done in in_processes(stream, work, stream.groups(missing), workers):
             rows += sum(done)
             on_steps(len(done))
     return Written(len(missing), len(steps) - len(missing), rows)
@@ -154,7 +154,7 @@ def verify_batches(
         )
     path = stream.folder / "metrics.jsonl"
     recorded = recorded_hashes(path, steps)
-    for group in over_stream(stream, hash_group, stream.groups(steps), workers):
+    for group in in_processes(stream, hash_group, stream.groups(steps), workers):
         for step, found in group:
             if step not in recorded:
                 raise DataError(f"{path}: no rows_hash of step {step}; --verify needs one for each")

@@ -20,7 +20,7 @@ from castalia.core.files import cannot_write
 from castalia.core.functions import named_function
 from castalia.stream.batches import RECORD, OnSteps, Written, identity, job
 from castalia.stream.opening import StepRows, Stream
-from castalia.stream.processes import over_stream
+from castalia.stream.processes import in_processes
 
 OPTION = "--fn"
 EXAMPLE = "mystatistics:of_batch"
@@ -60,7 +60,7 @@ def custom_batches(
         on_steps(first - steps.start)
         rows = 0
         work = partial(call_group, function)
-        for group in over_stream(stream, work, stream.groups(missing), workers):
+        for group in in_processes(stream, work, stream.groups(missing), workers):
             file.append(group.lines)
             rows += group.rows
             on_steps(len(group.lines))
@@ -75,7 +75,7 @@ def called_lines(stream: Stream, steps: range, function: str, workers: int = 0) 
     Raises  as `custom_batches`.
     """
     user_function(function)
-    for group in over_stream(stream, partial(call_group, function), stream.groups(steps), workers):
+    for group in in_processes(stream, partial(call_group, function), stream.groups(steps), workers):
         yield from group.lines
         if group.error is not None:
             raise group.error

@@ -14,7 +14,7 @@ from castalia.data.span_table import runs
 from castalia.stream.batches import RECORD, OnSteps, Written, identity, job, tidy
 from castalia.stream.batches_lines import LineFile
 from castalia.stream.opening import Stream
-from castalia.stream.processes import over_stream
+from castalia.stream.processes import in_processes
 from castalia.stream.viewing import record_of, require_own_tokenizer
 from castalia.tokenizers.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ def records_of(
     """The records of rows, a few at a time."""
     require_own_tokenizer(stream.rows, tokenizer)
     tasks = (places[begin : begin + SMALL] for begin in range(0, len(places), SMALL))
-    return over_stream(stream, partial(some_records, tokenizer), tasks, workers)
+    return in_processes(stream, partial(some_records, tokenizer), tasks, workers)
 
 
 def some_records(
@@ -169,7 +169,7 @@ def parquet_batches(
         rows = 0
         work = partial(write_group, output, per)
         groups = iter(missing)
-        for count in over_stream(stream, work, missing, workers):
+        for count in in_processes(stream, work, missing, workers):
             rows += count
             on_steps(len(next(groups)))
     return Written(left, len(steps) - left, rows)
@@ -204,7 +204,7 @@ def one_table(
         ) as writer,
     ):
         groups = stream.groups(steps)
-        for table in over_stream(stream, partial(table_of, per), stream.groups(steps), workers):
+        for table in in_processes(stream, partial(table_of, per), stream.groups(steps), workers):
             writer.write_table(table, row_group_size=max(1, table.num_rows))
             group = next(groups)
             rows += len(stream.places(group.start, group.stop, planned=True))

@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.workers import WorkerPool
+from castalia.stream.document_places import Ints
 from castalia.stream.opening import Block, Stream
+from castalia.stream.processes import in_processes
 from castalia.stream.served_places import Occurrences, joined
 from castalia.stream.text_forms import Form
 
@@ -19,7 +20,6 @@ TASK_TOKENS = 1 << 23
 WORTH_TOKENS = 1 << 30
 """Fewer tokens are read in this process, in some 15 s: starting another takes seconds, too."""
 
-Ints = NDArray[np.int64]
 OnTokens = Callable[[int], Any]
 
 
@@ -65,37 +65,18 @@ def scan(
     ]
     tell = on_tokens or (lambda tokens: None)
     processes = min(workers or os.cpu_count() or 1, len(tasks))
+    if processes == 1 or len(places) * room < WORTH_TOKENS:
+        processes = 0  # this one
     found: list[Occurrences] = []
-    if processes <= 1 or len(places) * room < WORTH_TOKENS:
-        for task in tasks:
-            found.append(scan_rows(stream, task, forms, borders))
-            tell(len(task) * room)
-        return joined(found)
-    with WorkerPool(processes, begin, (stream, forms, borders)) as pool:
-        jobs = {pool.submit(scan_own, task): task for task in tasks}
-        for job in as_completed(jobs):
-            found.append(job.result())
-            tell(len(jobs[job]) * room)
+    results = in_processes(stream, partial(scan_rows, forms, borders), tasks, processes)
+    for task, occurrences in zip(tasks, results, strict=True):
+        found.append(occurrences)
+        tell(len(task) * room)
     return joined(found)
 
 
-WORK: dict[str, tuple[Stream, Sequence[Form], Borders]] = {}
-"""In a worker: what it looks for."""
-
-
-def begin(state: tuple[Stream, Sequence[Form], Borders]) -> None:
-    """In a worker, at its start."""
-    WORK["scan"] = state
-
-
-def scan_own(places: range) -> Occurrences:
-    """In a worker: the rows at some places."""
-    stream, forms, borders = WORK["scan"]
-    return scan_rows(stream, places, forms, borders)
-
-
 def scan_rows(
-    stream: Stream, places: range, forms: Sequence[Form], borders: Borders
+    forms: Sequence[Form], borders: Borders, stream: Stream, places: range
 ) -> Occurrences:
     """The texts in the rows at some places."""
     return joined(
@@ -116,9 +97,7 @@ def in_block(block: Block, forms: Sequence[Form], borders: Borders) -> Iterator[
     if not len(row_of_span):
         return
     keys = row_of_span * room + offsets
-    # Where the tokens of a row end; what follows is padding.
-    filled = np.zeros(len(table), np.int64)
-    np.add.at(filled, row_of_span, table.lengths)
+    filled = block.filled
     for form in forms:
         row, at = places_of(block.tokens, form.ids)
         span = np.searchsorted(keys, row * room + at, side="right") - 1

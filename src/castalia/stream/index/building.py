@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import claimed, read_json, write_json
-from castalia.core.workers import WorkerPool
 from castalia.data.fingerprint import contents, source_changes
 from castalia.data.indexed import IndexedDataset
 from castalia.stream.index.flat import FlatTokens, width_of
@@ -23,8 +21,8 @@ from castalia.stream.index.parts import (
     Layout,
     build_part,
     is_whole,
-    part_path,
 )
+from castalia.stream.processes import in_processes
 
 SUFFIX = ".index"
 """Suffix of the folder beside a token file."""
@@ -190,29 +188,16 @@ def sort_parts(
     on_tokens: OnTokens | None,
 ) -> None:
     """Sort the missing parts; a single one in this process."""
-    for leftover in folder.glob(f".{part_path(folder, 0).name[:5]}*.tmp"):
+    for leftover in folder.glob(".part-*.tmp"):
         leftover.unlink()  # of a process that was killed
-    tell = on_tokens or (lambda tokens: None)
     processes = min(workers or os.cpu_count() or 1, len(missing))
-    if processes <= 1:
-        for number in missing:
-            tell(build_part(dataset, folder, layout, number))
-        return
-    with WorkerPool(processes, begin, (dataset, folder, layout)) as pool:
-        jobs = [pool.submit(sort_one, number) for number in missing]
-        for job in as_completed(jobs):
-            tell(job.result())
+    if processes == 1:
+        processes = 0  # this one
+    for tokens in in_processes((dataset, folder, layout), sort_one, missing, processes):
+        if on_tokens:
+            on_tokens(tokens)
 
 
-WORK: dict[str, tuple[IndexedDataset, Path, Layout]] = {}
-"""In a worker: what it works on."""
-
-
-def begin(state: tuple[IndexedDataset, Path, Layout]) -> None:
-    """In a worker, at its start."""
-    WORK["index"] = state
-
-
-def sort_one(number: int) -> int:
-    """In a worker: one part."""
-    return build_part(*WORK["index"], number)
+def sort_one(what: tuple[IndexedDataset, Path, Layout], number: int) -> int:
+    """One part of an index; returns its tokens."""
+    return build_part(*what, number)
