@@ -188,7 +188,7 @@ def test_kept_maps_and_workers_give_the_same(prefixes, tmp_path, monkeypatch):
     assert list(found.records()) == expected
     assert sum(read) == 17 * stream.sizes.first(STEPS)
     monkeypatch.setattr(processes, "WorkerPool", Broken)
-    with pytest.raises(DataError, match="a worker process died .*out of memory; use fewer with"):
+    with pytest.raises(DataError, match=r"a worker process died .*out of memory; use fewer with"):
         trace(stream, ids=(1, 2), rows=True, workers=2)
 
 
