@@ -140,17 +140,17 @@ def edited(row: ServedRow, edits: Sequence[TokenEdit]) -> ServedRow:
     """
     filled = sum(span.length for span in row.spans)
     tokens = []
-    origin = []
+    places = []
     at = 0
     for edit in edits:
         tokens += [row.tokens[at : edit.start], edit.ids]
-        origin += [np.arange(at, edit.start), spread(edit, filled)]
+        places += [np.arange(at, edit.start), spread(edit, filled)]
         at = edit.stop
     tokens.append(row.tokens[at:filled])
-    origin.append(np.arange(at, filled))
+    places.append(np.arange(at, filled))
     size = len(row.tokens)
     new = np.concatenate(tokens)[:size]
-    whence = np.concatenate(origin)[:size]
+    whence = np.concatenate(places)[:size]
     padding = size - len(new)
     document_of = np.repeat(np.arange(len(row.spans)), [span.length for span in row.spans])
     lengths = np.bincount(document_of[whence], minlength=len(row.spans)).tolist()
