@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from castalia.eval.labels import labels_of, origin_of, size_in
+from castalia.eval.labels import facts_of_run, labels_of, origin_of, size_in
 from castalia.inference import LanguageModel, load
-from castalia.results import Result
+from castalia.recipes import load_config
+from castalia.results import Labels, Result
+from castalia.train.evaluated import labels_at as labels_in_training
 
 
 def test_every_form_of_a_run_has_the_same_labels(run_folder: Path, speaker: LanguageModel):
@@ -26,6 +28,14 @@ def test_every_form_of_a_run_has_the_same_labels(run_folder: Path, speaker: Lang
         "lambada",
         0,
     )
+
+
+def test_the_seed_is_that_of_the_start_weights(tmp_path: Path):
+    for text, seed in (("seed: 3", 3), ("seed: 3\nweight_seed: 5\ndata_seed: 7", 5)):
+        (tmp_path / "config.yaml").write_text(f"{text}\n")
+        assert facts_of_run(tmp_path)["seed"] == seed
+    config = load_config(["debug", "seed=3", "weight_seed=5", "data_seed=7"])
+    assert labels_in_training(Labels("suite", "tiny"), config, 0, saved=False).seed == 5
 
 
 def test_how_an_engine_computes_is_part_of_the_labels(run_folder: Path):

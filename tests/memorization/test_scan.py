@@ -137,12 +137,21 @@ def test_models_without_a_run_need_a_stream(run, whole, tmp_path):
     list(export(run, output=place))
     with pytest.raises(ConfigError, match="--stream RUN"):
         jobs_of([str(place)], None, Options(), tmp_path / "x.parquet")
-    (job,) = jobs_of([str(place)], None, Options(), tmp_path / "x.parquet", [str(run)])
+    # The stream's config says nothing of the model: neither its seed nor its size.
+    words = [str(run), "weight_seed=7", "model.num_layers=5"]
+    (job,) = jobs_of([str(place)], None, Options(), tmp_path / "x.parquet", words)
     (summary,) = scan(job, say=silent)
     ours = parquet.read_table(whole)
     ours = ours.filter(np.asarray(ours["step"]) == 8)
     theirs = parquet.read_table(tmp_path / "x.parquet")
     assert theirs["score"].to_pylist() == ours["score"].to_pylist() and summary.rows == 96
+    said = Scores(tmp_path / "x.parquet").metadata
+    known = Scores(whole).metadata
+    assert said["weight_seed"] is None and said["parameters"] == known["parameters"]
+    assert said["model_config"]["num_layers"] == known["model_config"]["num_layers"]
+    (job,) = jobs_of([str(run)], "8", Options(), tmp_path / "y.parquet", words)
+    scan(job, say=silent)
+    assert Scores(tmp_path / "y.parquet").metadata["weight_seed"] == 1234
 
 
 def test_what_cannot_be_scanned_is_said(run, whole, tmp_path, monkeypatch):
@@ -172,3 +181,16 @@ def test_what_cannot_be_scanned_is_said(run, whole, tmp_path, monkeypatch):
     changed = replace(job, checkpoints=(job.checkpoints[0]._replace(weights_hash="0" * 16),))
     with pytest.raises(ConfigError, match="step 8 of other weights"):
         scan(changed, say=silent)
+
+
+def test_other_validation_data_are_the_same_scan_and_other_training_data_are_not(run, whole):
+    def rescanned(**changes):
+        (job,) = jobs_of([str(run)], "8", Options(), whole)
+        rows = job.stream.rows
+        changed = replace(rows, fingerprint=rows.fingerprint | changes)
+        job.__dict__["stream"] = replace(job.stream, rows=changed)
+        return scan(job, say=silent)
+
+    assert [each.rows for each in rescanned(valid=[{"name": "other"}])] == [96]
+    with pytest.raises(ConfigError, match=r"made with fingerprint \w{16} \(now \w{16}\)"):
+        rescanned(train=[{"name": "other"}])

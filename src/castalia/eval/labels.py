@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,17 +156,24 @@ def size_in(name: str) -> str | None:
 
 
 def facts_of_run(run: Path) -> dict[str, int]:
-    """Seed, last step and tokens of a step, as far as the run's config says them."""
+    """Seed of the start weights, last step and tokens of a step, as far as the run's config says
+    them."""
     config = config_of_run(run)
     train = config.get("train") or {}
     rows = train.get("batch_size")
     length = (config.get("data") or {}).get("seq_length")
     facts = {
-        "seed": config.get("seed"),
+        "seed": start_seed_in(config),
         "last_step": train.get("steps"),
         "tokens_per_step": rows * length if rows and length else None,
     }
     return {name: value for name, value in facts.items() if isinstance(value, int)}
+
+
+def start_seed_in(config: Mapping[str, Any]) -> int | None:
+    """The seed of the start weights in the values of a run's config, as `RunConfig.start_seed`."""
+    seed = config.get("weight_seed")
+    return config.get("seed") if seed is None else seed
 
 
 def config_of_run(run: Path) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from castalia.eval.places import Checkpoint, checkpoints_of
 from castalia.inference.engines import ENGINES
 from castalia.memorization.reader import Ids
 from castalia.stream.opening import Stream, open_stream
+from castalia.stream.same_data import training_hash
 
-FORMAT = 1
+FORMAT = 2
 """Of the output and of the work folder."""
 SHARD_ROWS = 1 << 12
 """Rows of a shard: what a process computes and writes at a time."""
@@ -123,6 +124,8 @@ class Job:
     """By step."""
     options: Options
     output: Path
+    run: Path | None = None
+    """That the checkpoints are of, whatever run the rows are of; None for a model without one."""
 
     @cached_property
     def stream(self) -> Stream:
@@ -179,7 +182,7 @@ class Job:
             "format": FORMAT,
             "model": self.name,
             "stream": self.stream_name,
-            "fingerprint": hash_of(self.stream.rows.fingerprint),
+            "fingerprint": training_hash(self.stream.rows.fingerprint),
             "sampled": drawn,
             **options,
         }
@@ -220,7 +223,8 @@ def jobs_of(
         if not words:
             words = (str(require_run(checkpoints[0])),)
         scored = sorted(scored_of(checkpoint) for checkpoint in checkpoints)
-        jobs.append(Job(checkpoints[0].model, words, tuple(scored), options, files[owner]))
+        first = checkpoints[0]
+        jobs.append(Job(first.model, words, tuple(scored), options, files[owner], first.run))
     return jobs
 
 

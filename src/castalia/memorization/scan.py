@@ -25,6 +25,7 @@ from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
 from castalia.core.workers import WorkerPool
+from castalia.eval.labels import config_of_run, start_seed_in
 from castalia.memorization.completion import Completions, Wanted, in_parallel, nothing
 from castalia.memorization.engines import Readers, load_readers
 from castalia.memorization.job import Job, Options, Shard, hash_of
@@ -33,10 +34,13 @@ from castalia.memorization.recall import memorization_score
 from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
 from castalia.models import parameter_counts
 from castalia.stream.opening import steps_of
+from castalia.stream.same_data import training_hash
 
 WAIT_SECONDS = 0.2
 """Between two looks at the shards that other processes compute."""
 JOB = "job.json"
+OF_MODEL = ("model_config", "parameters")
+"""What the parts say of the model."""
 
 Say = Callable[[str], None]
 
@@ -233,8 +237,7 @@ class Worker:
             "exact": done.exact,
             "loss": done.losses,
         }
-        facts = {"near_ties": int(done.near.sum()), "arithmetic": readers.arithmetic}
-        write_part(part, columns, facts)
+        write_part(part, columns, facts_of_part(done, readers))
         short = len(shard.places) - count
         rate = count / max(time.monotonic() - start, 1e-9)
         self.say(
@@ -338,11 +341,14 @@ def write_whole(job: Job, folder: Path) -> None:
         weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
         near.setdefault(str(checkpoint.step), 0)
     ways = set(earlier.metadata["arithmetic"]) if earlier else set()
+    # Of the model, which the job does not know before it is loaded; a scan without rows never does.
+    model = {name: earlier.metadata.get(name) if earlier else None for name in OF_MODEL}
     for step, paths in parts.items():
         said = [Scores(path).metadata for path in paths]
+        model = {name: said[-1][name] for name in OF_MODEL}
         near[str(step)] = sum(part["near_ties"] for part in said)
         ways |= {part["arithmetic"] for part in said}
-    metadata = facts(job) | {"job": job.identity(), "weights": weights, "near_ties": near}
+    metadata = facts(job) | model | {"job": job.identity(), "weights": weights, "near_ties": near}
     metadata["arithmetic"] = sorted(ways)
     fields = schema(metadata)
     with (
@@ -358,17 +364,27 @@ def write_whole(job: Job, folder: Path) -> None:
                     writer.write_table(group.cast(fields))
 
 
+def facts_of_part(done: Completions, readers: Readers) -> dict[str, Any]:
+    """What a part says beside its rows."""
+    config = readers.model.config
+    return {
+        "near_ties": int(done.near.sum()),
+        "arithmetic": readers.arithmetic,
+        "model_config": config.model_dump(mode="json"),
+        "parameters": parameter_counts(config).total,
+    }
+
+
 def facts(job: Job) -> dict[str, Any]:
-    """What a reader of the file may ask: run, config, data, model, seeds."""
+    """What a reader of the file may ask: the run, config, data and seed of the rows; name and seed
+    of the model."""
     config = job.stream.config
     return {
         "run": job.stream_name,
         "model": job.name,
         "config_hash": hash_of(config.model_dump(mode="json")),
-        "fingerprint": hash_of(job.stream.rows.fingerprint),
-        "model_config": config.model.model_dump(mode="json"),
-        "parameters": parameter_counts(config.model).total,
-        "weight_seed": config.start_seed,
+        "fingerprint": training_hash(job.stream.rows.fingerprint),
+        "weight_seed": None if job.run is None else start_seed_in(config_of_run(job.run)),
         "data_seed": config.order_seed,
         "rows_per_step": config.train.batch_size,
     }

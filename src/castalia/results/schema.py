@@ -75,6 +75,7 @@ class Result(NamedTuple):
     parameters: int | None = None
     """Total parameters."""
     seed: int | None = None
+    """Of the start weights; runs of other data seeds are other models."""
     step: int | None = None
     """Optimizer steps of the checkpoint."""
     last_step: int | None = None

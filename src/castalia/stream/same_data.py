@@ -1,5 +1,7 @@
 """Whether the data of a run are those that it trained on: all files there, none of them changed."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,12 @@ def of_training(fingerprint: dict[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in fingerprint.items() if not key.startswith("valid")}
     order = found.get("order", {})
     return found | {"order": {key: order[key] for key in order if key != "valid_weights"}}
+
+
+def training_hash(fingerprint: dict[str, Any]) -> str:
+    """16 hex digits that name the rows of training: other validation data have the same."""
+    text = json.dumps(of_training(fingerprint), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def newest_fingerprint(checkpoints: Path) -> dict[str, Any] | None:

@@ -1,8 +1,6 @@
 """From a row of a source to the places at which a run serves it, and from a text's place in a
 document to every step that reads it."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from castalia.stream.document_places import (
     members,
 )
 from castalia.stream.opening import Stream
+from castalia.stream.same_data import training_hash
 
 VERSION = 1
 """Version of the maps, part of their key. Raise it whenever they change."""
@@ -87,8 +86,7 @@ class ServedPlaces:
         documents = sum(len(source.dataset) for source in self.sources)
 
         def key() -> dict[str, Any]:
-            text = json.dumps(stream.rows.fingerprint, sort_keys=True)
-            facts = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "places": self.stop}
+            facts = {"fingerprint": training_hash(stream.rows.fingerprint), "places": self.stop}
             facts |= {"updates": stream.config.updates_per_rows, "record": record_hash(stream)}
             return {"order": "trace", "version": VERSION, **facts}
 

@@ -121,7 +121,7 @@ def labels_at(labels: Labels, config: RunConfig, step: int, *, saved: bool) -> L
     """The labels of a run for the rows of one step."""
     precision = config.precision
     return labels._replace(
-        seed=config.seed,
+        seed=config.start_seed,
         step=step,
         last_step=config.train.steps,
         tokens=step * config.tokens_per_step,

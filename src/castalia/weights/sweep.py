@@ -17,7 +17,7 @@ from torch import Tensor
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import claimed
-from castalia.eval.labels import config_of_run
+from castalia.eval.labels import config_of_run, start_seed_in
 from castalia.eval.places import Checkpoint, checkpoints_of
 from castalia.formats.saved_model import open_model
 from castalia.weights.statistics import Between, Sums, between, spectrum, summed, sums_of
@@ -141,7 +141,7 @@ def members_of(paths: Sequence[str]) -> list[Member]:
                 f"{each.path} does not say its step; put it into a folder such as step1000"
             )
         key = (each.suite, each.model, each.variant)
-        seed = None if each.run is None else seed_of(each.run)
+        seed = None if each.run is None else start_seed_in(config_of_run(each.run))
         name = " ".join(filter(None, (each.model, each.variant)))
         member = members.setdefault(key, Member(name, seed))
         member.checkpoints[each.step] = each
@@ -158,13 +158,6 @@ def members_of(paths: Sequence[str]) -> list[Member]:
         first = shapes.setdefault(shape, member)
         member.peer = None if first is member else first
     return out
-
-
-def seed_of(run: Path) -> int | None:
-    """The seed of a run's start weights."""
-    config = config_of_run(run)
-    seed = config.get("weight_seed")
-    return config.get("seed") if seed is None else seed
 
 
 def opened(checkpoint: Checkpoint) -> StoredTensors:

@@ -12,8 +12,8 @@ from castalia.corpus.provenance import SUFFIX
 from castalia.memorization.analyses.files import EXTRA, PURPOSE, ScanFile
 from castalia.memorization.analyses.intervals import binomial_interval
 from castalia.memorization.analyses.joint import Counts
-from castalia.memorization.job import hash_of
 from castalia.stream.opening import Stream
+from castalia.stream.same_data import training_hash
 
 DOSES = 33
 """Dose 0 is unknown, dose d is 2^(d-1) to 2^d - 1 copies."""
@@ -89,7 +89,7 @@ def copies_of(prefix: str) -> NDArray[np.int64] | None:
 
 def require_same_stream(stream: Stream, file: ScanFile) -> None:
     """Raises  DataError if a scan is about rows of another stream."""
-    own = hash_of(stream.rows.fingerprint)
+    own = training_hash(stream.rows.fingerprint)
     if file.fingerprint and file.fingerprint != own:
         raise DataError(
             f"{file.path} is a scan of other rows than those of --stream {stream.config.output}"

@@ -25,6 +25,7 @@ from castalia.stream.counting.ngrams import Cutter, Ngrams, unpack
 from castalia.stream.counting.parts import Store, missing_steps, range_of, steps_of_part
 from castalia.stream.counting.running import CountJob, OnPart, count_parts
 from castalia.stream.opening import Stream
+from castalia.stream.same_data import training_hash
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def counts_folder(stream: Stream) -> Path:
     """Where counts are kept: in the run's folder, or in the cache for a config without one."""
     if stream.folder is not None:
         return stream.folder / "counts"
-    return cache_folder() / "counts" / asked_hash(stream.rows.fingerprint)
+    return cache_folder() / "counts" / training_hash(stream.rows.fingerprint)
 
 
 def look_up(store: Store, asked: Asked, chosen: Range) -> Counts:
