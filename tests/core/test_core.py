@@ -9,6 +9,7 @@ from castalia.core import extras
 from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, sha256_of, write_json
+from castalia.core.functions import named_function, source_hash
 from castalia.core.lazy import lazy
 from castalia.core.registry import Registry
 
@@ -113,3 +114,16 @@ def test_a_folder_is_claimed_by_one_process_until_it_ends(tmp_path, capsys):
     with claimed(tmp_path, seconds=10):
         assert (tmp_path / ".claim").read_text().startswith("process ")
     holder.wait()
+
+
+def test_a_function_is_known_by_its_file(tmp_path, monkeypatch):
+    path = tmp_path / "functions_by_file.py"
+    path.write_text("import functools\ndef f(a):\n    return a\ng = functools.partial(f, 1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("functions_by_file:f", "functions_by_file:g"):
+        function = named_function(name, "--fn", "a:b")
+        before = source_hash(function, name)
+        assert before == sha256_of(path)
+        path.write_text(path.read_text() + "OTHER = 1\n")
+        assert source_hash(function, name) != before
+    assert source_hash(sys.getsizeof, "sys:getsizeof") == "sys:getsizeof"

@@ -196,8 +196,12 @@ def test_a_function_gets_every_batch_and_every_record_is_kept(trained, functions
     with pytest.raises(ConfigError, match=r"stats.jsonl has steps up to 4, and steps up to 2 are"):
         custom_batches(stream, range(3), f"{functions}:counts", path)
     assert len(read(path)) == 5
-    with pytest.raises(ConfigError, match=r"another job \(function, source"):
+    with pytest.raises(ConfigError, match=r"another job \(function: see"):
         custom_batches(stream, range(5), f"{functions}:sources", path)
+    with open(tmp_path / f"{functions}.py", "a") as file:
+        file.write("LIMIT = 3  # what a function reads is as good as its own text\n")
+    with pytest.raises(ConfigError, match=r"another job \(source: see"):
+        custom_batches(stream, range(5), f"{functions}:counts", path)
     custom_batches(stream, range(5), f"{functions}:sources", path, overwrite=True)
     assert read(path)[1]["sources"] == list(stream.block(range(2, 4)).source)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.core.errors import ConfigError, nearest
+from castalia.core.files import sha256_of
 
 
 def named_function(name: str, option: str, example: str) -> Callable[..., Any]:
@@ -40,3 +41,17 @@ def named_function(name: str, option: str, example: str) -> Callable[..., Any]:
         raise ConfigError(f"{option}: {name!r}: {attribute} is not a function")
     chosen: Callable[..., Any] = function
     return chosen
+
+
+def source_hash(function: Callable[..., Any], name: str) -> str:
+    """SHA-256 of the file that defines the function `name`, which may then give other results.
+
+    The whole file, since a function rarely stands alone. For what has no file, such as functions of
+    Python in C, the name.
+    """
+    try:
+        path = inspect.getsourcefile(function)
+    except TypeError:
+        # An object that can be called, such as a partial, or a function in C.
+        path = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return name if path is None else sha256_of(path)

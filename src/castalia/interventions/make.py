@@ -1,16 +1,13 @@
 """From the sections of data.interventions to the change of rows that a run attaches."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError, nearest
-from castalia.core.files import sha256_of
-from castalia.core.functions import named_function
+from castalia.core.functions import named_function, source_hash
 from castalia.data.batch_sizes import BatchSizes
 from castalia.data.intervention_config import (
     DropConfig,
@@ -150,9 +147,7 @@ class Maker:
         """A function of the user's."""
         where = args[0]
         function = named_function(config.function, f"{where}: function", "changes:without_names")
-        # The whole module: a function rarely stands alone.
-        source = inspect.getsourcefile(function)
-        self.decisive[-1]["source"] = sha256_of(Path(source)) if source else config.function
+        self.decisive[-1]["source"] = source_hash(function, config.function)
         if config.level == "text":
             return TextFunction(config, *args, rewriter=self.rewriter(where), function=function)
         return TokenFunction(config, *args, vocab_size=self.facts.vocab_size, function=function)

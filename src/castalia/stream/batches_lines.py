@@ -1,7 +1,6 @@
 """Lines of JSON for steps: those of a user's function and those of rows, continued where they
 ended."""
 
-import hashlib
 import inspect
 import json
 import math
@@ -17,7 +16,7 @@ import numpy as np
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import cannot_write
-from castalia.core.functions import named_function
+from castalia.core.functions import named_function, source_hash
 from castalia.stream.batches import RECORD, OnSteps, Written, identity, job
 from castalia.stream.opening import StepRows, Stream
 from castalia.stream.processes import in_processes
@@ -48,7 +47,7 @@ def custom_batches(
     facts = {
         "mode": "custom",
         "function": function,
-        "source": source_hash(user_function(function)),
+        "source": source_hash(user_function(function), function),
         "first": steps.start,
         **identity(stream),
     }
@@ -177,15 +176,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # a tensor
         return plain(value.tolist())
     raise TypeError(f"JSON cannot hold {type(value).__name__} {value!r:.40}")
-
-
-def source_hash(function: Callable[..., Any]) -> str:
-    """A hash of a function's own text: another text gives other records."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        return "unknown"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class LineFile:
