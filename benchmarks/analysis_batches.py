@@ -8,20 +8,17 @@ and shuffled order, which the page cache holds. GPT-NEOX is a checkout of
 github.com/EleutherAI/gpt-neox: the other side is its GPT2Dataset in torch's DataLoader with the
 batches in order, and numpy.save, which is how Pythia's first viewer read and saved them. It gets
 our index maps, so that both sides have the same order and neither builds it; the first batch of
-both is compared. `fsync` is our save without waiting for the disk, as numpy.save does not either.
-Every round runs all cases in turn.
+both is compared. Neither side waits for the disk. Every round runs all cases in turn.
 """
 
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -97,7 +94,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     record = {"machine": machine.describe(), "tokens": tokens, "steps": len(steps)}
     record |= {"rows": BATCH, "workers": options.workers, "batches_per_s": rates}
-    pairs = {"read": "neox read", "save": "neox save", "save, no fsync": "neox save"}
+    pairs = {"read": "neox read", "save": "neox save"}
     record["ratios"] = {
         ours: machine.ratio(times[theirs], times[ours])
         for ours, theirs in pairs.items()
@@ -152,15 +149,10 @@ def our_cases(
     def saving() -> None:
         save_batches(stream, steps, folder, workers=workers)
 
-    def saving_without_fsync() -> None:
-        with no_fsync():
-            save_batches(stream, steps, folder)
-
     works: dict[str, Callable[[], object]] = {
         "read": reading,
         "verify": lambda: verify_batches(stream, steps, workers=workers),
         "save": saving,
-        "save, no fsync": saving_without_fsync,
         "custom": lambda: custom_batches(
             stream, steps, function, folder / "stats.jsonl", workers=workers
         ),
@@ -168,17 +160,6 @@ def our_cases(
         "parquet": lambda: parquet_batches(stream, steps, folder / "tables", workers=workers),
     }
     return {name: emptied(work) for name, work in works.items()}
-
-
-@contextmanager
-def no_fsync() -> Iterator[None]:
-    """Within it, files are handed to the kernel only."""
-    real = os.fsync
-    os.fsync = lambda descriptor: None
-    try:
-        yield
-    finally:
-        os.fsync = real
 
 
 def peer_loader(peer: Path, stream: Stream, steps: range, workers: int) -> Any:

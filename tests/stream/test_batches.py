@@ -120,6 +120,12 @@ def test_numpy_files_as_the_old_viewer_wrote_them(trained, tmp_path):
     assert save_batches(stream, range(5), tmp_path) == (2, 3, 6)
     assert (tmp_path / names[2]).stat().st_ino == kept
     assert not list(tmp_path.glob("*.tmp")) and len(list(tmp_path.glob("*.npy"))) == 5
+    # What a power cut left: a name whose bytes had not reached the disk.
+    whole = (tmp_path / names[3]).read_bytes()
+    for left in (b"", whole[:-8]):
+        (tmp_path / names[3]).write_bytes(left)
+        assert save_batches(stream, range(5), tmp_path) == (1, 4, 4)
+        assert (tmp_path / names[3]).read_bytes() == whole
 
 
 def test_a_folder_of_another_run_is_refused(trained, tmp_path):

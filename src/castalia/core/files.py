@@ -49,10 +49,11 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "w", *, synced: bool = True) -> Iterator[IO[Any]]:
     """Write a temporary file beside `path`; rename it to `path` on success, delete it on an error.
 
     Readers see the old file or the new one, never a part of it. Missing parent folders are created.
+    Without `synced` that does not hold after a power cut, which may leave a file of another size.
     Raises  CastaliaError if the folder is not writable or the disk is full.
     """
     path = Path(path)
@@ -66,7 +67,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             yield file
             # Contents reach the disk before the name does, else a power cut leaves an empty `path`.
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error

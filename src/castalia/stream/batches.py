@@ -5,12 +5,12 @@ Source  utils/batch_viewer.py of EleutherAI/pythia (until commit 899add0): `save
 """
 
 import hashlib
+import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from castalia.stream.viewing import step_hash
 
 RECORD = "_batches.json"
 """Beside the files: which rows they hold. Readers of a folder of tables pass over such a name."""
-SAVED = re.compile(r"batch(\d+)_bs(\d+)\.npy")
 OnSteps = Callable[[int], object]
 """Takes a number of steps that are done."""
 
@@ -106,14 +105,13 @@ def save_batches(
     """Write batch{step}_bs{rows}.npy for each step: int64, (rows, tokens + 1), as Pythia's first
     viewer did.
 
-    Each file appears when it is whole. Those that are there are kept.
+    Each file appears when it is whole. Those that are there are kept, unless their size is wrong.
     Raises  ConfigError as `job`; CastaliaError if a file cannot be written.
     """
     facts = {"mode": "save", **identity(stream)}
     with job(folder / RECORD, facts, lambda: folder.glob("batch*_bs*.npy"), overwrite):
         tidy(folder, ".batch*.npy.*.tmp")
-        there = {int(match[1]) for match in map(SAVED.fullmatch, os.listdir(folder)) if match}
-        missing = [step for step in steps if step not in there]
+        missing = unsaved(stream, steps, folder)
         on_steps(len(steps) - len(missing))
         rows = 0
         work = partial(save_group, folder)
@@ -123,12 +121,45 @@ def save_batches(
     return Written(len(missing), len(steps) - len(missing), rows)
 
 
+def unsaved(stream: Stream, steps: range, folder: Path) -> list[int]:
+    """The steps whose numpy file is not in a folder, or not of the size of their rows."""
+    with os.scandir(folder) as entries:
+        bytes_of = {entry.name: entry.stat().st_size for entry in entries}
+    curriculum = stream.curriculum
+    missing = []
+    for step in steps:
+        rows = stream.sizes.size(step)
+        whole = numpy_bytes(rows, curriculum.length(step + 1) + 1)
+        if bytes_of.get(numpy_name(step, rows)) != whole:
+            missing.append(step)
+    return missing
+
+
+def numpy_name(step: int, rows: int) -> str:
+    """The file of a step, as Pythia's first viewer named it."""
+    return f"batch{step}_bs{rows}.npy"
+
+
+@cache
+def numpy_bytes(rows: int, columns: int) -> int:
+    """Size of the file of an int64 array of this shape."""
+    header = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(np.int64))
+    facts = {"descr": description, "fortran_order": False, "shape": (rows, columns)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    return header.tell() + 8 * rows * columns
+
+
 def save_group(folder: Path, stream: Stream, steps: range) -> list[int]:
     """Write the files of some steps; returns the rows of each."""
     sizes = []
     for rows in stream.batches(steps):
         tokens = np.ascontiguousarray(rows.seen.tokens)
-        with atomic_write(folder / f"batch{rows.step}_bs{len(tokens)}.npy", "wb") as file:
+        path = folder / numpy_name(rows.step, len(tokens))
+        # The rename keeps a kill from leaving half a file. To wait for the disk at each of some
+        # hundred thousand files takes five times as long; what a power cut left short is found by
+        # its size when the job goes on.
+        with atomic_write(path, "wb", synced=False) as file:
             np.save(file, tokens)
         sizes.append(len(tokens))
     return sizes
