@@ -8,12 +8,14 @@ and shuffled order, which the page cache holds. GPT-NEOX is a checkout of
 github.com/EleutherAI/gpt-neox: the other side is its GPT2Dataset in torch's DataLoader with the
 batches in order, and numpy.save, which is how Pythia's first viewer read and saved them. It gets
 our index maps, so that both sides have the same order and neither builds it; the first batch of
-both is compared. Neither side waits for the disk. Every round runs all cases in turn.
+both is compared. Neither side waits for the disk, and what one case left to write is written before
+the next. Every round runs all cases in turn.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -140,8 +142,7 @@ def our_cases(
 
     def emptied(work: Callable[[], object]) -> Callable[[], float]:
         def case() -> float:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            empty(folder)
             return machine.seconds(work)
 
         return case
@@ -160,6 +161,13 @@ def our_cases(
         "parquet": lambda: parquet_batches(stream, steps, folder / "tables", workers=workers),
     }
     return {name: emptied(work) for name, work in works.items()}
+
+
+def empty(folder: Path) -> None:
+    """Make a folder empty, and let no case pay for what the one before has left to write."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    os.sync()
 
 
 def peer_loader(peer: Path, stream: Stream, steps: range, workers: int) -> Any:
@@ -204,8 +212,7 @@ def peer_cases(loader: Any, folder: Path) -> dict[str, Callable[[], float]]:
         return time.perf_counter() - start
 
     def saving() -> float:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        empty(folder)
         start = time.perf_counter()
         for step, batch in enumerate(loader):
             np.save(folder / f"batch{step}_bs{BATCH}.npy", batch["text"].numpy())
