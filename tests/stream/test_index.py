@@ -136,7 +136,20 @@ def test_refusals(tmp_path):
     assert Index(changed).count(documents[2][:3].tolist()) == len(
         brute(documents, documents[2][:3].tolist())
     )
+    part = tmp_path / "a.index/part-00000.places"
+    Index(changed).verify()
+    content = bytearray(part.read_bytes())
+    content[40] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-00000.places: other bytes .*; remove it, and"):
+        Index(changed).verify()
+    part.unlink()
+    assert build_index(changed)["built"] == 1
+    Index(changed).verify()
     (tmp_path / "a.index/index.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match=r"format 1, expected 2; remove .* and build"):
+        Index(changed)
+    (tmp_path / "a.index/index.json").write_text('{"format": 2}')
     with pytest.raises(DataError, match=r"not the manifest of an index.*remove"):
         Index(changed)
     negative = write(tmp_path / "n", [[1, -100]], "int32")

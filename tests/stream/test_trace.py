@@ -277,6 +277,8 @@ def test_texts_and_refusals(four_steps, tmp_path):
     assert [record["prefix"] for record in records] == [
         source.dataset.prefix for source in stream.rows.train.row_sources
     ]
+    checked = CliRunner().invoke(app, ["index", str(four_steps), *folder, "--verify"])
+    assert checked.stdout.count("parts are as they were written") == len(records)
     indexed = CliRunner().invoke(app, ["trace", str(four_steps), text, "--json", *folder])
     assert indexed.stdout == listed.stdout
     behind = ["trace", str(four_steps), text[:6], "--next", "3", "--json", *folder]

@@ -10,6 +10,7 @@ import typer
 from castalia.terminal.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
+    from castalia.data.indexed import IndexedDataset
     from castalia.stream.opening import Stream
     from castalia.stream.tracing import Trace
 
@@ -223,6 +224,9 @@ def index(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index of other data.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare an index with its hashes; build nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Index token files: PREFIX.index beside PREFIX.bin, 4 bytes a token.
@@ -234,29 +238,57 @@ def index(
 
       castalia index data/corpus
     """
-    from castalia.stream.index.building import build_index
     from castalia.stream.index.files import token_files_of
-    from castalia.terminal.progress import bytes_progress
 
     records = []
     for dataset in token_files_of(prefixes):
-        size = dataset.dtype.itemsize
-        with bytes_progress("index", [dataset.prefix]) as advance:
-
-            def on_tokens(tokens: int, size: int = size, advance: Any = advance) -> None:
-                if advance is not None:
-                    advance(tokens * size)
-
-            record = build_index(
-                dataset, index_folder, workers=workers, overwrite=overwrite, on_tokens=on_tokens
-            )
+        if verify:
+            record = verified(dataset, index_folder)
+            line = f"{record['index']}: all {record['parts']} parts are as they were written"
+        else:
+            record = built(dataset, index_folder, workers, overwrite)
+            parts = "part" if record["parts"] == 1 else "parts"
+            line = f"{record['index']}: {record['tokens']:,} tokens in {record['parts']} {parts},"
+            line += f" {record['bytes']:,} bytes; built {record['built']} in"
+            line += f" {record['seconds']:.1f} s"
         records.append(record)
-        if as_json:
-            continue
-        typer.echo(
-            f"{record['index']}: {record['tokens']:,} tokens in {record['parts']}"
-            f" {'part' if record['parts'] == 1 else 'parts'},"
-            f" {record['bytes']:,} bytes; built {record['built']} in {record['seconds']:.1f} s"
-        )
+        if not as_json:
+            typer.echo(line)
     if as_json:
         typer.echo(json.dumps(records))
+
+
+def built(
+    dataset: "IndexedDataset", folder: str | None, workers: int | None, overwrite: bool
+) -> dict[str, Any]:
+    """Build an index under a bar of progress; returns the record of the work."""
+    from castalia.stream.index.building import build_index
+    from castalia.terminal.progress import bytes_progress
+
+    with bytes_progress("index", [dataset.prefix]) as advance:
+
+        def on_tokens(tokens: int) -> None:
+            if advance is not None:
+                advance(tokens * dataset.dtype.itemsize)
+
+        return build_index(
+            dataset, folder, workers=workers, overwrite=overwrite, on_tokens=on_tokens
+        )
+
+
+def verified(dataset: "IndexedDataset", folder: str | None) -> dict[str, Any]:
+    """Verify an index; returns what was verified.
+
+    Raises  DataError if there is none, it is of other data, or damaged.
+    """
+    from castalia.stream.index.search import Index
+
+    index = Index(dataset, folder)
+    index.verify()
+    return {
+        "index": str(index.folder),
+        "prefix": dataset.prefix,
+        "tokens": len(index),
+        "parts": index.layout.parts,
+        "verified": True,
+    }

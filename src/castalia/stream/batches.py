@@ -157,8 +157,8 @@ def save_group(folder: Path, stream: Stream, steps: range) -> list[int]:
         tokens = np.ascontiguousarray(rows.seen.tokens)
         path = folder / numpy_name(rows.step, len(tokens))
         # The rename keeps a kill from leaving half a file. To wait for the disk at each of some
-        # hundred thousand files takes five times as long; what a power cut left short is found by
-        # its size when the job goes on.
+        # hundred thousand files would take longer than to read them; what a power cut left short
+        # is found by its size when the job goes on.
         with atomic_write(path, "wb", synced=False) as file:
             np.save(file, tokens)
         sizes.append(len(tokens))

@@ -16,7 +16,6 @@ from castalia.data.indexed import IndexedDataset
 from castalia.stream.index.flat import FlatTokens, width_of
 from castalia.stream.index.parts import (
     PART_TOKENS,
-    PLACE,
     PURPOSE,
     Layout,
     build_part,
@@ -27,7 +26,7 @@ from castalia.stream.processes import in_processes
 SUFFIX = ".index"
 """Suffix of the folder beside a token file."""
 MANIFEST = "index.json"
-FORMAT = 1
+FORMAT = 2
 WIDEST = 4
 """Most bytes of an id."""
 MOST_BYTES = (1 << 31) - 1
@@ -127,7 +126,7 @@ def build_index(
         "tokens": layout.tokens,
         "parts": layout.parts,
         "built": len(missing),
-        "bytes": layout.tokens * PLACE.itemsize,
+        "bytes": layout.bytes,
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -163,7 +162,7 @@ def require_room(folder: Path, layout: Layout) -> None:
 
     Raises  DataError if there is too little.
     """
-    needed = layout.tokens * PLACE.itemsize
+    needed = layout.bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(

@@ -5,6 +5,7 @@ Source  Manber and Myers 1993, suffix arrays; the sort is Mori's libdivsufsort t
         Liu et al. 2024, arXiv:2401.17377 (infini-gram).
 """
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
 from castalia.core.extras import require
-from castalia.core.files import atomic_write
+from castalia.core.files import CHUNK_BYTES, atomic_write
 from castalia.data.indexed import IndexedDataset
 from castalia.data.mapped import MappedFile
 from castalia.stream.index.flat import FlatTokens, Positions, sortable
@@ -27,6 +28,9 @@ OVERLAP = 1 << 12
 across the border of two parts. Longer ones are found by their beginning and then compared."""
 PLACE = np.dtype("<i4")
 """A place within a part."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""A part ends with the SHA-256 of its places: whole with them or not there, and no race with others
+for one list of hashes."""
 PURPOSE = "an index of the tokens"
 
 
@@ -50,6 +54,15 @@ class Layout:
         first = number * self.part_tokens
         return range(first, min(first + self.part_tokens, self.tokens))
 
+    def bytes_of(self, number: int) -> int:
+        """The size of a part's file."""
+        return len(self.span(number)) * PLACE.itemsize + DIGEST_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """The size of all parts."""
+        return sum(map(self.bytes_of, range(self.parts)))
+
 
 def part_path(folder: Path, number: int) -> Path:
     """The file of a part."""
@@ -59,7 +72,7 @@ def part_path(folder: Path, number: int) -> Path:
 def is_whole(folder: Path, layout: Layout, number: int) -> bool:
     """Whether a part is there with the size that it must have; it is renamed when whole."""
     path = part_path(folder, number)
-    return path.exists() and path.stat().st_size == len(layout.span(number)) * PLACE.itemsize
+    return path.exists() and path.stat().st_size == layout.bytes_of(number)
 
 
 def sorted_places(ids: NDArray[Any], count: int, width: int) -> NDArray[np.int32]:
@@ -86,7 +99,19 @@ def build_part(dataset: IndexedDataset, folder: Path, layout: Layout, number: in
     places = sorted_places(ids, len(span), layout.width)
     with atomic_write(part_path(folder, number), "wb") as file:
         file.write(places.data)
+        file.write(hashlib.sha256(places.data).digest())
     return len(span)
+
+
+def is_intact(folder: Path, layout: Layout, number: int) -> bool:
+    """Whether a part's places are those that were written, by their hash. Reads all of it."""
+    digest = hashlib.sha256()
+    with open(part_path(folder, number), "rb") as file:
+        left = layout.bytes_of(number) - DIGEST_BYTES
+        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return file.read() == digest.digest()
 
 
 class Part:
@@ -101,10 +126,11 @@ class Part:
         self.span = layout.span(number)
         path = part_path(folder, number)
         content = MappedFile(path)
-        if len(content) != len(self.span) * PLACE.itemsize:
+        expected = layout.bytes_of(number)
+        if len(content) != expected:
             raise DataError(
-                f"{path}: {len(content)} bytes, expected {len(self.span) * PLACE.itemsize}; build"
-                f" it again with `castalia index {flat.dataset.prefix}`"
+                f"{path}: {len(content)} bytes, expected {expected}; build it again with"
+                f" `castalia index {flat.dataset.prefix}`"
             )
         content.read_at_random()
         self.places = content.view(PLACE, len(self.span), 0)

@@ -21,7 +21,7 @@ from castalia.stream.index.building import (
     require_same_data,
 )
 from castalia.stream.index.flat import FlatTokens, Positions, sortable
-from castalia.stream.index.parts import Part
+from castalia.stream.index.parts import Part, is_intact, part_path
 
 AT_ONCE = 1 << 20
 """Continuations read at a time."""
@@ -120,6 +120,23 @@ class Index(Search):
         self.end = manifest.end
         numbers = range(self.layout.parts)
         self.parts = [Part(self.flat, self.folder, self.layout, number) for number in numbers]
+
+    def verify(self) -> None:
+        """Read all parts and compare them with their hashes, as opening and asking do not.
+
+        Raises  DataError naming the damaged ones.
+        """
+        damaged = [
+            str(part_path(self.folder, number))
+            for number in range(self.layout.parts)
+            if not is_intact(self.folder, self.layout, number)
+        ]
+        if damaged:
+            raise DataError(
+                f"{', '.join(damaged)}: other bytes than were written; remove"
+                f" {'it' if len(damaged) == 1 else 'them'}, and `castalia index"
+                f" {self.flat.dataset.prefix}` builds what is missing"
+            )
 
     def ranks(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """For each part, the places of its sort whose text begins with `ids`."""
