@@ -36,8 +36,8 @@ from castalia.memorization.analyses.losses import Losses
 from castalia.memorization.analyses.output import write_numbers
 from castalia.memorization.analyses.positions import Positions
 from castalia.memorization.analyses.study import study_of
-from castalia.memorization.job import hash_of
 from castalia.stream.opening import open_stream
+from castalia.stream.same_data import training_hash
 
 Suite = tuple[Path, dict[str, dict[int, np.ndarray]]]
 
@@ -364,7 +364,7 @@ def test_the_share_memorized_by_how_often_the_data_repeat_a_text(tmp_path: Path)
     ]
     doses = Doses(stream, 64).at(0, 16)
     assert doses.tolist() == [0 if not n else 1 + int(np.log2(n)) for n in copies]
-    own = hash_of(stream.rows.fingerprint)
+    own = training_hash(stream.rows.fingerprint)
     table = scan_table({4: np.where(np.array(copies) > 4, 32, 3)})
     path = scan_file(tmp_path / "7m.parquet", table, own)
     study = study_of(open_scans([str(path)]), tmp_path, stream)
