@@ -1,9 +1,11 @@
 """Weight statistics: numbers against torch, one table, resumed after a kill; and the page."""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.weights.conftest import STEPS, write_revision
@@ -12,6 +14,7 @@ from castalia.analysis.weights import write_weights_page
 from castalia.cli.app import app
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.weights import statistics, sweep
+from castalia.weights.measured import projected
 from castalia.weights.table import parts_folder, read_table
 
 NAME = "layers.0.mlp.up.weight"
@@ -82,6 +85,30 @@ def test_large_tensors_are_read_in_blocks(monkeypatch):
     assert statistics.sums_of(tensor).statistics() == pytest.approx(whole)
     assert statistics.between(tensor, 2 * tensor).cosine == pytest.approx(1.0)
     assert statistics.sums_of(torch.ones(4)).statistics()["kurtosis"] is None
+
+
+def test_a_diverged_tensor_has_numbers_that_say_so():
+    tensor = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    tensor[1, 2] = math.nan
+    values = statistics.sums_of(tensor).statistics() | statistics.spectrum(tensor)
+    for name in ("l2", "largest", "spectral_norm", "singular_50"):
+        assert math.isnan(values[name]), name
+    finite = statistics.spectrum(tensor.nan_to_num())
+    assert list(values)[-len(finite) :] == list(finite) == list(statistics.SPECTRUM)
+
+
+def test_distances_from_sketches_have_the_error_that_theory_gives():
+    generator = torch.Generator().manual_seed(0)
+    for count, error in ((1, 0.091), (8, 0.032)):
+        ratios = []
+        for _ in range(200):
+            tensors = torch.randn(count, 40, 64, generator=generator)
+            squares = sum(np.square(projected(tensor)[0]).sum() for tensor in tensors)
+            ratios.append(squares**0.5 / float(tensors.double().norm()))
+        # sqrt(2 / 61) / 2 of a distance in one tensor, less by sqrt(count) in equal ones.
+        assert np.std(ratios) == pytest.approx(error, rel=0.2)
+        assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+        assert np.abs(np.array(ratios) - 1).max() < 5 * error
 
 
 def test_two_seeds_and_a_stop_between_checkpoints(published, weights, tmp_path, monkeypatch):

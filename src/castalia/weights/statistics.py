@@ -3,16 +3,23 @@
 Source  the quantities that PolyPythias follows (van der Wal et al. 2025, arXiv:2503.09543).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 1 << 20
 """Elements that are turned to float64 at a time: 8 MB of each tensor."""
 QUANTILES = (0.1, 0.5, 0.9)
+SPECTRUM = (
+    *("spectral_norm", "stable_rank", "participation"),
+    *(f"singular_{round(100 * share)}" for share in QUANTILES),
+)
+"""Columns of `spectrum`."""
 
 
 @dataclass
@@ -29,7 +36,8 @@ class Sums:
 
     def __add__(self, other: "Sums") -> "Sums":
         values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        values["largest"] = max(self.largest, other.largest)
+        # Python's max drops NaN or keeps it, as the order is.
+        values["largest"] = float(np.maximum(self.largest, other.largest))
         return Sums(**values)
 
     def statistics(self) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def summed(parts: Iterable[Between]) -> Between | None:
 
 
 def spectrum(matrix: Tensor) -> dict[str, float]:
-    """What the singular values of a matrix say.
+    """What the singular values of a matrix say; NaN of one with NaN or infinite elements.
 
     spectral_norm   the largest one
     stable_rank     (squared Frobenius norm) / (squared spectral norm)
@@ -138,7 +146,11 @@ def spectrum(matrix: Tensor) -> dict[str, float]:
     wide = matrix.reshape(matrix.shape[0], -1).double()
     if wide.shape[0] > wide.shape[1]:
         wide = wide.T
-    squares = torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0)
+    gram = wide @ wide.T
+    if not gram.isfinite().all():
+        # A diverged checkpoint is a row of the table; eigvalsh raises an error of its own.
+        return dict.fromkeys(SPECTRUM, math.nan)
+    squares = torch.linalg.eigvalsh(gram).clamp_min(0)
     largest = float(squares.max())
     total = float(squares.sum())
     values = {

@@ -19,6 +19,7 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write
+from castalia.weights.statistics import SPECTRUM
 
 EXTRA = "parquet"
 PURPOSE = "castalia weights"
@@ -29,8 +30,7 @@ COLUMNS = (
     *("l1", "l2", "mean", "variance", "median", "kurtosis", "largest"),
     *("start", "from_start", "cosine_start", "previous", "from_previous"),
     *("peer", "peer_distance", "peer_cosine"),
-    *("spectral_norm", "stable_rank", "participation"),
-    *("singular_10", "singular_50", "singular_90", "identity"),
+    *(*SPECTRUM, "identity"),
 )
 
 Row = Mapping[str, Any]
