@@ -11,7 +11,7 @@ Losses = NDArray[np.float32]
 
 NEAR = 1e-3
 """Two largest logits that differ by less are a near tie: the rounding of float32 may decide it.
-Engines that sum in another order differ by up to about 1e-4."""
+Engines that sum in another order differ by up to about 1e-4. In fewer bits rounding is coarser."""
 
 
 class Choices(NamedTuple):

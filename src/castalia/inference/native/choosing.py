@@ -34,7 +34,8 @@ class Chosen(NamedTuple):
     best: Ids
     """(W,) the token of the largest logit, the first among equals; never padding."""
     gaps: Floats
-    """(W,) how far below the second largest is; infinite where none is near."""
+    """(W,) how far below the second largest is; where that is farther than `near`, any number
+    above it, also infinity."""
     losses: Floats | None
     """(W,) cross-entropy of the labels in nats, over the padded vocabulary; None without labels."""
 

@@ -908,7 +908,7 @@ struct Choice {  // what is asked of the logits of the picked rows
     double near;                       // logits that close to the largest are told apart from it
     int64_t tokens;                    // real vocabulary
     int64_t *best;                     // (wanted,) the largest logit, the first among equals
-    float *gap;                        // (wanted,) how far below the second is; without one within `near`, infinity
+    float *gap;                        // (wanted,) how far below the second is; farther than `near`: any number above it
     const int64_t *label;              // (wanted,) or null
     float *loss;                       // (wanted,)
 };
