@@ -63,6 +63,19 @@ def test_only_the_parent_answers_a_request_to_end():
         assert pool.submit(os.getpid).result() == worker
 
 
+def test_killing_a_pool_ends_its_workers_and_no_other_child():
+    with subprocess.Popen(["sleep", "60"]) as other, WorkerPool(1, hold, b"12") as beside:
+        own = beside.submit(os.getpid).result()
+        pool = WorkerPool(1, hold, b"12")
+        assert pool.submit(held, 3).result() == 6
+        stuck = pool.submit(time.sleep, 60)
+        pool.kill()
+        with pytest.raises(BrokenProcessPool):
+            stuck.result(timeout=20)
+        assert other.poll() is None and beside.submit(os.getpid).result() == own
+        other.kill()
+
+
 def test_a_worker_that_dies_at_work_did_start():
     with WorkerPool(2, hold, b"") as pool, pytest.raises(BrokenProcessPool):
         pool.submit(die).result()

@@ -5,7 +5,6 @@ that was stopped. Rows are added after each task of each checkpoint.
 """
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -253,8 +252,7 @@ def in_workers(
             yield from done
     except BaseException:
         # A request to stop: the rows of finished tasks are in the table, and nobody waits longer.
-        for process in multiprocessing.active_children():
-            process.kill()
+        pool.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -5,7 +5,6 @@ claims a shard by a lock, which ends with the process, and writes the part under
 when it is whole. So a killed scan continues, and no row is doubled or lost.
 """
 
-import multiprocessing
 import shutil
 import sys
 import time
@@ -168,8 +167,7 @@ def work_together(job: Job, shards: Sequence[Shard], processes: int) -> None:
         ) from None
     except BaseException:
         # A request to stop: finished shards are written, and nobody waits longer.
-        for process in multiprocessing.active_children():
-            process.kill()
+        pool.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
