@@ -83,7 +83,11 @@ def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable]) -> float | N
 
     Raises  ValueError for other lengths, or none.
     """
-    observed, expected = shares(one, other)
+    return kappa_of(*shares(one, other))
+
+
+def kappa_of(observed: float, expected: float) -> float | None:
+    """Kappa by the two shares."""
     return None if expected >= 1 else (observed - expected) / (1 - expected)
 
 
@@ -172,7 +176,7 @@ def agreement(kind: str, one: Answered, other: Answered) -> Agreement:
         len(both),
         observed,
         expected,
-        cohen_kappa(mine, theirs),
+        kappa_of(observed, expected),
         one.accuracy,
         other.accuracy,
     )

@@ -1,5 +1,6 @@
 """Charts of scans beside each other: shares, predictions, correlations."""
 
+from collections import defaultdict
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -66,11 +67,10 @@ def share_chart(study: Study) -> Chart:
                 trace = curve(label, number, lines, "step", column, bars, scale=scale, hover=hover)
                 trace["customdata"] = [line["rows"] for line in lines]
                 traces.append(trace)
-            y = Axis(f"{measure} ({'% of rows' if suffix else unit_of(measure)})", suffix=suffix)
             views[first, second] = View(
                 traces,
                 steps_axis(steps_of(study)),
-                Axis(y.title, suffix=suffix, zero=True),
+                Axis(f"{measure} ({unit_of(measure)})", suffix=suffix, zero=True),
                 empty="" if any(trace["x"] for trace in traces) else "No row was seen by all.",
             )
     return Chart(
@@ -85,8 +85,9 @@ def share_chart(study: Study) -> Chart:
 
 
 def unit_of(measure: str) -> str:
-    """The unit of a measure that is no percentage."""
-    return "rows" if measure == "rows memorized" else "share of the continuation"
+    """The unit of a measure in MEASURES."""
+    units = {"share memorized": "% of rows", "rows memorized": "rows"}
+    return units.get(measure, "share of the continuation")
 
 
 def early_chart(study: Study) -> Chart | None:
@@ -216,12 +217,7 @@ def correlation_chart(study: Study) -> Chart | None:
             squares.append(([(name, step) for step in steps], labels, "checkpoint"))
     cells = cells_of(lines)
     views: dict[Key, View] = {
-        (first, second): heat_view(
-            scans,
-            labels,
-            title,
-            {pair: value for (*key, pair), value in cells.items() if tuple(key) == (rows, measure)},
-        )
+        (first, second): heat_view(scans, labels, title, cells[rows, measure])
         for first, (scans, labels, title) in enumerate(squares)
         for second, (rows, measure, _) in enumerate(SELECTIONS)
     }
@@ -239,17 +235,18 @@ def correlation_chart(study: Study) -> Chart | None:
 
 
 Cells = dict[tuple[tuple[str, int], tuple[str, int]], tuple[float | None, int]]
+"""Correlation and rows by pair of scans, in both orders."""
 
 
-def cells_of(lines: list[dict[str, Any]]) -> dict[tuple[Any, ...], tuple[float | None, int]]:
-    """Correlation and rows by selection, measure and pair of scans, in both orders."""
-    cells = {}
+def cells_of(lines: list[dict[str, Any]]) -> dict[tuple[str, str], Cells]:
+    """The cells by selection of rows and measure."""
+    cells: dict[tuple[str, str], Cells] = defaultdict(dict)
     for line in lines:
         a = (line["a"], line["a_step"])
         b = (line["b"], line["b_step"])
         value = (line["correlation"], line["rows"])
         for pair in ((a, b), (b, a)):
-            cells[line["selection"], line["measure"], pair] = value
+            cells[line["selection"], line["measure"]][pair] = value
     return cells
 
 
