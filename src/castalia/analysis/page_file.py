@@ -80,6 +80,25 @@ def document(
     )
 
 
+def write_static_page(
+    path: Path, title: str, lead: str, body: str, footer: str, style: str = ""
+) -> None:
+    """Write a page without scripts, whose pictures are SVG in its body, atomically.
+
+    style  CSS behind that of the report.
+    Raises  CastaliaError if the file cannot be written.
+    """
+    style = (FOLDER / "page.css").read_text(encoding="utf-8") + style
+    with atomic_write(path) as file:
+        file.write(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
+            f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>{body}"
+            f"<footer>{escape(footer)}</footer></main></body></html>\n"
+        )
+
+
 @cache
 def plotly_script() -> str:
     """Plotly, compressed: half a second, which a server of pages spends once."""

@@ -2,24 +2,18 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castalia.analysis.html import NONE, section, table
-from castalia.analysis.page_file import FOLDER
 from castalia.analysis.tuning.chart import Mark, Panel, chart
 from castalia.core.files import atomic_write
+from castalia.studies.page import figures, write_study_page
 
 if TYPE_CHECKING:
     from castalia.studies.pronouns import Row
 
-STYLE = """
-.figures{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}
-.figures figure{margin:0;background:#fff;border:1px solid var(--edge);border-radius:10px;
-padding:6px;flex:0 1 560px;min-width:0}
-.figures svg{display:block;width:100%;height:auto}
-"""
+TITLE = "Pronouns changed in the last part of training"
 LEAD = (
     "The end of a run trained again, with she, her and herself where its text has he, him, his and"
     " himself, beside a control that reads the text as it is."
@@ -37,20 +31,20 @@ ABOUT_EFFECTS = (
 
 def write_page(output: Path, rows: Sequence["Row"], effects: Sequence[Mapping[str, Any]]) -> None:
     """Write index.html, bias.csv and an SVG for each run."""
-    figures = []
+    pictures = []
     runs = list(dict.fromkeys(row.run for row in rows))
     for run in runs:
         svg = picture(Path(run).name, [row for row in rows if row.run == run])
         name = "bias.svg" if len(runs) == 1 else f"bias-{Path(run).name}.svg"
         with atomic_write(output / name) as file:
             file.write(svg)
-        figures.append(f"<figure>{svg}</figure>")
+        pictures.append(svg)
     write_csv(output / "bias.csv", rows)
-    body = section("Preference", ABOUT, f'<div class="figures">{"".join(figures)}</div>')
+    body = section("Preference", ABOUT, figures(pictures))
     body += section("What the change did", ABOUT_EFFECTS, effects_table(effects))
     body += section("By profession", "At the same checkpoints.", profession_table(rows, effects))
-    with atomic_write(output / "index.html") as file:
-        file.write(page(body))
+    files = "bias.csv and study.json"
+    write_study_page(output, TITLE, LEAD, body, tables=files, width=560)
 
 
 def picture(title: str, rows: Sequence["Row"]) -> str:
@@ -99,17 +93,26 @@ def effects_table(effects: Sequence[Mapping[str, Any]]) -> str:
 
 def profession_table(rows: Sequence["Row"], effects: Sequence[Mapping[str, Any]]) -> str:
     """Preference by profession of control and intervention, a line a profession."""
-    header = ["profession"]
-    columns = []
+    columns: dict[str, Mapping[str, float]] = {}
+    controls = {row.folder for row in rows if row.kind == "control"}
+    several = len({effect["run"] for effect in effects}) > 1
     for effect in effects:
+        ends = {
+            row.kind: row
+            for row in rows
+            if (row.run, row.at, row.step) == (effect["run"], effect["at"], effect["step"])
+        }
         for kind in ("control", "intervention"):
-            wanted = (effect["run"], effect["at"], kind, effect["step"])
-            columns += [r.by_profession for r in rows if (r.run, r.at, r.kind, r.step) == wanted]
-            header.append(f"{Path(effect['run']).name}, {kind} from {effect['at']}")
-    names = list(columns[0]) if columns else []
-    return table(
-        header, [[name, *(f"{column[name]:+.2f}" for column in columns)] for name in names]
-    )
+            title = kind
+            # As in the picture: branches from one checkpoint share a control, shown once.
+            if kind == "intervention" or len(controls) > 1:
+                title = f"{kind} from {effect['at']:,}"
+            if several:
+                title = f"{Path(effect['run']).name}, {title}"
+            columns[title] = ends[kind].by_profession
+    names = list(next(iter(columns.values()), ()))
+    lines = [[name, *(f"{own[name]:+.2f}" for own in columns.values())] for name in names]
+    return table(["profession", *columns], lines)
 
 
 def write_csv(path: Path, rows: Sequence["Row"]) -> None:
@@ -121,17 +124,3 @@ def write_csv(path: Path, rows: Sequence["Row"]) -> None:
         for row in rows:
             own = [row.by_profession[name] for name in professions]
             writer.writerow([row.run, row.at, row.kind, row.step, row.bias, row.perplexity, *own])
-
-
-def page(body: str) -> str:
-    """The page: one file that fetches nothing."""
-    style = (FOLDER / "page.css").read_text(encoding="utf-8") + STYLE
-    title = "Pronouns changed in the last part of training"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(LEAD)}</p></header>{body}"
-        "<footer>Written by castalia. All numbers stand in bias.csv and study.json beside this"
-        " page.</footer></main></body></html>\n"
-    )

@@ -3,13 +3,12 @@
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from castalia.analysis.html import NONE, section, table
-from castalia.analysis.page_file import FOLDER
 from castalia.analysis.tuning.chart import Panel, chart
 from castalia.core.files import atomic_write
+from castalia.studies.page import figures, write_study_page
 from castalia.studies.term_frequency_rows import Counts, Key, Row
 
 BINS = 19
@@ -20,12 +19,11 @@ MOST_LINES = 6
 """Checkpoints in a picture, as in the published one."""
 MOST_COLUMNS = 8
 """Checkpoints in a table of the page; the files have all."""
-STYLE = """
-.figures{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}
-.figures figure{margin:0;background:#fff;border:1px solid var(--edge);border-radius:10px;
-padding:6px;flex:0 1 356px;min-width:0}
-.figures svg{display:block;width:100%;height:auto}
-"""
+TITLE = "Accuracy against term frequency"
+LEAD = (
+    "Arithmetic questions to the checkpoints of a training run, and how often the run had read"
+    " their first number by then."
+)
 ABOUT = (
     "Each point is the mean accuracy of the numbers that the model had read about as often before"
     " the checkpoint; numbers it had never read are left out."
@@ -49,14 +47,13 @@ def write_pages(
     markdown = []
     tasks = list(dict.fromkeys(row.task for row in rows))
     for task in tasks:
-        figures = []
-        for model, picture in pictures(rows, counts, task).items():
+        drawn = pictures(rows, counts, task)
+        for model, picture in drawn.items():
             with atomic_write(output / f"{task}-{model.replace('/', '-')}.svg") as file:
                 file.write(picture)
-            figures.append(f"<figure>{picture}</figure>")
         title = task.capitalize()
-        if figures:
-            body.append(section(title, ABOUT, f'<div class="figures">{"".join(figures)}</div>'))
+        if drawn:
+            body.append(section(title, ABOUT, figures([*drawn.values()])))
         for name, about, values, form in (
             ("mean accuracy", "", average, "{:.1%}"),
             ("frequent less rare", GAP_ABOUT, gap, "{:+.1f}"),
@@ -68,8 +65,8 @@ def write_pages(
     with atomic_write(output / "table.md") as file:
         file.write("\n".join(markdown))
     write_table_csv(output / "table.csv", average, gap)
-    with atomic_write(output / "index.html") as file:
-        file.write(page("".join(body)))
+    files = "accuracy.csv and table.csv"
+    write_study_page(output, TITLE, LEAD, "".join(body), tables=files, width=356)
 
 
 def write_table_csv(path: Path, average: Mapping[Key, float], gap: Mapping[Key, float]) -> None:
@@ -155,21 +152,3 @@ def pipes(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     bar = ["---", *("--:" for _ in header[1:])]
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, bar, *lines])
-
-
-def page(body: str) -> str:
-    """The page: one file that fetches nothing."""
-    style = (FOLDER / "page.css").read_text(encoding="utf-8") + STYLE
-    title = "Accuracy against term frequency"
-    lead = (
-        "Arithmetic questions to the checkpoints of a training run, and how often the run had read"
-        " their first number by then."
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>{body}"
-        "<footer>Written by castalia. All numbers stand in accuracy.csv and table.csv beside this"
-        " page.</footer></main></body></html>\n"
-    )
