@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from castalia.cli import batches
 from castalia.corpus import prepare
 from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows
 from castalia.monitor.display import size_text
@@ -264,6 +265,10 @@ def test_view_shows_what_a_run_trained_on(run, tmp_path, monkeypatch):
     out = run("view", "r/config.yaml", "--steps", ":", "--ids", "ids.npy")[1]
     lines = [f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)]
     assert out.splitlines() == lines
+    # Of more steps than anybody reads, the first ones.
+    monkeypatch.setattr(batches, "HASHES", 2)
+    out = run("view", "r", "--steps", ":", "--ids", "ids.npy")[1]
+    assert out.splitlines() == [*lines[:2], "and 1 more steps; --verify compares their hashes"]
     # The folder of the run is a config as well, and one step may be asked for as --step.
     out = run("view", "r", "--step", "2", "--ids", "ids.npy")[1]
     assert out.splitlines() == lines[2:]

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 OUTPUT = panel("Output")
 MODES = ("save", "custom", "text", "jsonl", "parquet")
+HASHES = 20
+"""Steps whose rows_hash is printed; --json has those of all."""
 PYTHIA = "pythia-160m"
 """Whose batches the newer viewer of Pythia showed: those of all its models are the same."""
 
@@ -117,9 +119,9 @@ def batches(
     from checkpoint s to checkpoint s + 1, so checkpoint N has read the rows of steps 0:N.
 
     Without an output the rows go to the screen as JSON lines. Files appear when they are whole; the
-    same command goes on after an interruption. With --ids or --jsonl the screen gets a line a step
-    with its rows_hash, which the run's metrics.jsonl has at step s + 1. The options of Pythia's
-    batch_viewer.py are understood.
+    same command goes on after an interruption. With --ids or --jsonl the screen gets a line for
+    each of the first 20 steps with its rows_hash, which the run's metrics.jsonl has at step s + 1;
+    --json has all. The options of Pythia's batch_viewer.py are understood.
 
     Examples:
 
@@ -307,7 +309,8 @@ def show(
 def show_hashes(
     stream: "Stream", steps: range, flags: BatchFlags, summary: dict[str, Any], as_json: bool
 ) -> None:
-    """Write the files of --ids and --jsonl, and a line a step with its rows_hash."""
+    """Write the files of --ids and --jsonl, and a line for each of the first steps with its
+    rows_hash."""
     import json
 
     from castalia.core.files import atomic_write
@@ -323,7 +326,9 @@ def show_hashes(
         with atomic_write(flags.jsonl) as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     hashes = {}
-    for group in in_processes(stream, hash_group, stream.groups(steps), flags.workers):
+    # The rows of a step are read again for its hash, and nobody reads 143,000 lines.
+    hashed = steps if as_json else steps[:HASHES]
+    for group in in_processes(stream, hash_group, stream.groups(hashed), flags.workers):
         for step, rows_hash in group:
             if as_json:
                 hashes[step] = rows_hash
@@ -333,6 +338,8 @@ def show_hashes(
     if as_json:
         written = {"ids": flags.ids, "jsonl": flags.jsonl, "rows_hash": hashes}
         typer.echo(json.dumps(summary | written))
+    elif len(steps) > len(hashed):
+        typer.echo(f"and {len(steps) - len(hashed):,} more steps; --verify compares their hashes")
 
 
 def decoder_of(stream: "Stream", flags: BatchFlags, needed: bool = False) -> Any:
