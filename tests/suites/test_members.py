@@ -104,7 +104,8 @@ def test_a_wrong_file(write, text, said):
 
 
 def test_a_name_that_is_no_suite(write):
-    with pytest.raises(ConfigError, match=r"unknown suite 'minni'.*did you mean 'mini'"):
+    said = r"unknown suite 'minni'.*did you mean 'mini'.*castalia suite mini --run output=minni"
+    with pytest.raises(ConfigError, match=said):
         open_suite("minni")
     Path("runs").mkdir()
     with pytest.raises(ConfigError, match=r"runs is no folder of a suite: it has no suite\.yaml"):
@@ -153,18 +154,34 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_
     assert stream.steps == 3 and stream.problems == []
     assert not any(outcome.failed for outcome in run_suite(suite, said.append))
     assert said[-1] == f"[2/2] llama-seed3: done, {said[-1].partition('done, ')[2]}"
+    words = ["suite", "runs/mine", "--run", "--only", "neox,llama", "--json"]
+    printed = json.loads(CliRunner().invoke(app, words).stdout)
+    assert [member["state"] for member in printed["members"]] == ["done", "done"]
     assert verify_suite(suite).findings == []
     whole = verify_suite(open_suite("runs/mine"))
     assert [(finding.kind, finding.what) for finding in whole.findings] == [
         ("unfinished", "none-seed3 has not begun")
     ]
+    # Data for validation are not those of training: members may differ in them.
+    state = Path("runs/mine/llama-seed3/checkpoints/step-00000003/state.json")
+    saved = state.read_text()
+    values = json.loads(saved)
+    values["data"]["valid"] = [{"name": "another"}]
+    state.write_text(json.dumps(values))
+    assert compare_batches(suite)[0].problems == []
+    values["data"]["train"][0]["bin_sha256"] = "0"
+    state.write_text(json.dumps(values))
+    problem = "llama-seed3 has another fingerprint of its data than neox-seed3"
+    assert compare_batches(suite)[0].problems == [problem]
+    state.write_text(saved)
     changed = Path("runs/mine/llama-seed3/metrics.jsonl")
     lines = [json.loads(line) for line in changed.read_text().splitlines()]
     lines[1]["rows_hash"] += 1
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (stream,) = compare_batches(suite)
     assert stream.problems == [
-        "llama-seed3 read other rows than neox-seed3 in 1 steps, the first is step 2"
+        "llama-seed3 read other rows than neox-seed3 in 1 steps, the first is step 1, counted from"
+        " 0"
     ]
     config = Path("runs/mine/neox-seed3/config.yaml")
     config.write_text(config.read_text().replace("seed: 3", "seed: 4", 1))

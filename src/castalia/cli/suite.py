@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.suites import Suite
-    from castalia.suites.batches import Stream
+    from castalia.suites.batches import StreamStatus
     from castalia.suites.planning import SuitePlan
 
 WHAT = panel("One of")
@@ -101,7 +101,7 @@ def suite(
     chosen = action.chosen
     opened = open_suite(words, members.only, members.seeds)
     if chosen == "run":
-        run_members(opened)
+        run_members(opened, as_json)
     elif chosen == "plan":
         show_plan(opened, planning.gpu, planning.mfu, as_json)
     elif chosen == "verify":
@@ -166,19 +166,22 @@ def cost_cells(cost: dict[str, Any], published: str) -> list[str]:
     ]
 
 
-def run_members(opened: "Suite") -> None:
-    """Train, and exit with an error if a member failed."""
+def run_members(opened: "Suite", as_json: bool) -> None:
+    """Train, and exit with an error if a member failed; as JSON, print the status behind it."""
     from castalia.core.errors import TrainingError
     from castalia.suites.running import run_suite
 
-    outcomes = run_suite(opened, typer.echo)
+    outcomes = run_suite(opened, note if as_json else typer.echo)
+    if as_json:
+        show_status(opened, as_json)
     failed = [outcome.member.name for outcome in outcomes if outcome.failed]
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(outcomes)} members failed: {', '.join(failed)}; the same"
             " command tries them again"
         )
-    typer.echo(f"done: {len(outcomes)} members in {opened.folder}")
+    if not as_json:
+        typer.echo(f"done: {len(outcomes)} members in {opened.folder}")
 
 
 def verify_members(opened: "Suite", as_json: bool) -> None:
@@ -218,7 +221,7 @@ def show_status(opened: "Suite", as_json: bool) -> None:
         typer.echo(said_of(stream))
 
 
-def said_of(stream: "Stream") -> str:
+def said_of(stream: "StreamStatus") -> str:
     """A line about the batches of one stream."""
     name = f"batches of data {stream.data}, data seed {stream.data_seed}"
     if stream.problems:

@@ -48,6 +48,13 @@ def fingerprint(
     }
 
 
+def of_training(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The part of a fingerprint that the rows of training depend on."""
+    found = {key: value for key, value in fingerprint.items() if not key.startswith("valid")}
+    order = found.get("order", {})
+    return found | {"order": {key: order[key] for key in order if key != "valid_weights"}}
+
+
 def contents(dataset: IndexedDataset) -> dict[str, Any]:
     """Sizes and hashes of one token file."""
     rule, digest = bin_hash(dataset.buffer)

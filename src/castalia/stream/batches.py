@@ -18,9 +18,10 @@ import numpy as np
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, claimed, read_json, write_json
+from castalia.data.fingerprint import of_training
+from castalia.monitor.sinks.jsonl import recorded_hashes
 from castalia.stream.opening import Stream
 from castalia.stream.processes import in_processes
-from castalia.stream.same_data import of_training
 from castalia.stream.viewing import step_hash
 
 RECORD = "_batches.json"
@@ -196,21 +197,3 @@ def verify_batches(
                 )
         on_steps(len(group))
     return len(steps)
-
-
-def recorded_hashes(path: Path, steps: range) -> dict[int, int]:
-    """The rows_hash of steps, counted from 0, in a metrics.jsonl; a step that was trained again
-    counts as it was last."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the end of a line that a crash cut off
-                if isinstance(record, dict) and record.get("step", 0) - 1 in steps:
-                    found[record["step"] - 1] = record.get("rows_hash")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return {step: value for step, value in found.items() if value is not None}

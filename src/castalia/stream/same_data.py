@@ -11,7 +11,7 @@ from castalia.checkpoint.names import step_name
 from castalia.core.errors import CheckpointError, DataError
 from castalia.corpora.build import find_corpus
 from castalia.data.config import DataConfig
-from castalia.data.fingerprint import changed
+from castalia.data.fingerprint import changed, of_training
 from castalia.data.indexed import file_pair
 from castalia.data.shards import base_of, find_shards
 from castalia.runs.config import RunConfig
@@ -89,13 +89,6 @@ def require_same_data(
             " say where the right ones are, as with data.train=[PREFIX,…]"
         )
     say(f"warning: {text} (data.allow_changed is true)")
-
-
-def of_training(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The part of a fingerprint that the rows of training depend on."""
-    found = {key: value for key, value in fingerprint.items() if not key.startswith("valid")}
-    order = found.get("order", {})
-    return found | {"order": {key: order[key] for key in order if key != "valid_weights"}}
 
 
 def training_hash(fingerprint: dict[str, Any]) -> str:

@@ -17,13 +17,13 @@ from castalia.checkpoint.tensors import checkpoint_tensors
 from castalia.config.values import Values, flatten, parse_override, read_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import read_json, write_json
-from castalia.data.fingerprint import changed
+from castalia.data.fingerprint import changed, of_training
 from castalia.data.intervention_config import SHARE, as_step, step_or_share
-from castalia.monitor.sinks.jsonl import read_metrics
+from castalia.monitor.sinks.jsonl import recorded_hashes
 from castalia.recipes import resolve
 from castalia.runs.config import RunConfig
 from castalia.runs.rows import rows_as_trained
-from castalia.stream.same_data import newest_fingerprint, of_training
+from castalia.stream.same_data import newest_fingerprint
 from castalia.train.run import run
 
 RESULT = "intervention.json"
@@ -310,13 +310,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def other_rows(one: Path, other: Path) -> list[int]:
     """The steps, counted from 0, whose rows two runs hashed differently."""
-    hashes = [dict(hashes_of(folder)) for folder in (one, other)]
+    hashes = [recorded_hashes(folder / "metrics.jsonl") for folder in (one, other)]
     common = sorted(hashes[0].keys() & hashes[1].keys())
     return [step for step in common if hashes[0][step] != hashes[1][step]]
-
-
-def hashes_of(folder: Path) -> Iterator[tuple[int, int]]:
-    """The step, counted from 0, and the hash of the rows of each line of metrics.jsonl."""
-    for record in read_metrics(folder / "metrics.jsonl"):
-        if record.get("rows_hash") is not None:
-            yield record["step"] - 1, record["rows_hash"]

@@ -2,26 +2,26 @@
 recorded hashes of the rows afterwards."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.checkpoint.find import complete_steps
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError
+from castalia.data.fingerprint import of_training
+from castalia.mixing import MIXERS
+from castalia.monitor.sinks.jsonl import recorded_hashes
 from castalia.runs.config import RunConfig
 from castalia.suites.members import Member, Suite
 
-DATA_KEYS = (
+NOT_ROWS = (
     "workers", "order_cache", "prepared_in", "allow_changed", "tokenizer", "valid",
 )  # fmt: skip
 """Keys of the section `data` that do not decide the rows of training."""
 
-FIXED = ("static", "natural", "uniform", "temperature", "unimax", "replay")
-"""Mixers whose shares no loss decides."""
 
-
-class Stream(NamedTuple):
+class StreamStatus(NamedTuple):
     """What the recorded rows of the members of one data variant and data seed say."""
 
     data: str
@@ -56,7 +56,8 @@ def require_same_batches(suite: Suite) -> None:
                 )
     for member in suite.members:
         mixing = member.config.mixing
-        if mixing.kind not in FIXED:
+        # All that such a mixer gets from a model is a loss.
+        if MIXERS[mixing.kind].needs - {"step"}:
             raise ConfigError(
                 f"member {member.name}: mixing.kind={mixing.kind} chooses rows by the losses of"
                 " each model, so that no two members read equal batches; choose a fixed mixture,"
@@ -67,7 +68,7 @@ def require_same_batches(suite: Suite) -> None:
 
 def batch_settings(config: RunConfig) -> dict[str, Any]:
     """What decides the rows of every step, by dotted key."""
-    data = config.data.model_dump(mode="json", exclude=set(DATA_KEYS))
+    data = config.data.model_dump(mode="json", exclude=set(NOT_ROWS))
     settings = {f"data.{key}": value for key, value in data.items()}
     # The length of the run decides how often the documents are repeated before they are shuffled.
     train = config.train.model_dump(mode="json", include={"steps", "batch_size", "batch_ramp"})
@@ -76,12 +77,12 @@ def batch_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def compare_batches(suite: Suite) -> list[Stream]:
+def compare_batches(suite: Suite) -> list[StreamStatus]:
     """Compare the batches that the members have trained on, stream by stream."""
     return [compare_stream(data, seed, members) for (data, seed), members in suite.streams.items()]
 
 
-def compare_stream(data: str, seed: int, members: Sequence[Member]) -> Stream:
+def compare_stream(data: str, seed: int, members: Sequence[Member]) -> StreamStatus:
     """Compare step by step the hash of the rows, and the fingerprints of the newest checkpoints."""
     trained = [member for member in members if (member.folder / "metrics.jsonl").is_file()]
     hashes: dict[int, tuple[int, str]] = {}
@@ -89,7 +90,7 @@ def compare_stream(data: str, seed: int, members: Sequence[Member]) -> Stream:
     problems = []
     for member in trained:
         wrong = []
-        for step, rows in row_hashes(member.folder):
+        for step, rows in recorded_hashes(member.folder / "metrics.jsonl").items():
             known = hashes.setdefault(step, (rows, member.name))
             if known[1] != member.name:
                 compared.add(step)
@@ -99,23 +100,10 @@ def compare_stream(data: str, seed: int, members: Sequence[Member]) -> Stream:
             step, other = wrong[0]
             problems.append(
                 f"{member.name} read other rows than {other} in {len(wrong)} steps, the first is"
-                f" step {step}"
+                f" step {step}, counted from 0"
             )
     problems += different_data(trained)
-    return Stream(data, seed, [member.name for member in trained], len(compared), problems)
-
-
-def row_hashes(folder: Path) -> Iterator[tuple[int, int]]:
-    """The hash of the rows of each step of a run, line by line; steps that were repeated after a
-    stop have several."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut by a crash; a resume writes the step again
-            if record.get("rows_hash") is not None:
-                yield record["step"], record["rows_hash"]
+    return StreamStatus(data, seed, [member.name for member in trained], len(compared), problems)
 
 
 def different_data(members: Sequence[Member]) -> list[str]:
@@ -123,9 +111,10 @@ def different_data(members: Sequence[Member]) -> list[str]:
     first = None
     problems = []
     for member in members:
-        fingerprint = saved_fingerprint(member.folder)
-        if fingerprint is None:
+        saved = saved_fingerprint(member.folder)
+        if saved is None:
             continue
+        fingerprint = of_training(saved)
         if first is None:
             first = fingerprint, member.name
         elif fingerprint != first[0]:
@@ -138,6 +127,7 @@ def saved_fingerprint(folder: Path) -> Any:
     steps = complete_steps(folder / "checkpoints")
     if not steps:
         return None
+    # Not by `checkpoint.read_state`: it needs torch, and --status is asked every minute.
     state = folder / "checkpoints" / step_name(steps[-1]) / "state.json"
     try:
         return json.loads(state.read_text(encoding="utf-8"))["data"]

@@ -113,8 +113,9 @@ def read_suite(word: str) -> SuiteConfig:
             " makes one"
         )
     raise ConfigError(
-        f"unknown suite {word!r}: no such file, and the known suites are {', '.join(BUILTIN)}"
-        f"{nearest(word, BUILTIN)}"
+        f"unknown suite {word!r}: no such file or folder, and the known suites are"
+        f" {', '.join(BUILTIN)}{nearest(word, BUILTIN)}; castalia suite mini --run output={word}"
+        " makes a folder of one, and a YAML file with `sizes:` describes one of your own"
     )
 
 

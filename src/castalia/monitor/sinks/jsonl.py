@@ -29,6 +29,31 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def recorded_hashes(path: Path, steps: range | None = None) -> dict[int, int]:
+    """The rows_hash of steps, counted from 0, in a metrics.jsonl; a step that was trained again
+    counts as it was last. `steps` keeps those alone.
+
+    Raises  DataError if the file cannot be read.
+    """
+    found: dict[int, int | None] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the end of a line that a crash cut off
+                if not isinstance(record, dict):
+                    continue
+                # The line of step N is about the update that leads to checkpoint N.
+                step = record.get("step", 0) - 1
+                if step >= 0 and (steps is None or step in steps):
+                    found[step] = record.get("rows_hash")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return {step: value for step, value in found.items() if value is not None}
+
+
 @SINKS.register("jsonl")
 class JsonlSink(Sink):
     """One JSON object a step, appended and flushed at once."""

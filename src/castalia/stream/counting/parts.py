@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
 from castalia.core.files import atomic_write, read_json, write_json
-from castalia.data.fingerprint import changed
+from castalia.data.fingerprint import changed, of_training
 from castalia.stream.counting.asked import Findings
 from castalia.stream.counting.pieces import Pieces
-from castalia.stream.same_data import of_training
 
 VERSION = 1
 PART_TOKENS = 1 << 22
