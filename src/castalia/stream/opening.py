@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -116,9 +117,10 @@ class Stream:
         """How long the rows of each step are."""
         return Curriculum(self.config.curriculum, self.config.data.seq_length, self.steps)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that the config names."""
+        # Kept: to read Pythia's takes a tenth of a second, and a trace has a millisecond.
         name = self.config.data.tokenizer
         return load_tokenizer(name) if name else None
 
