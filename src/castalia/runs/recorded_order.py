@@ -74,9 +74,11 @@ class RecordedOrder:
         steps, within = np.divmod(np.asarray(places, np.int64), self.config.train.batch_size)
         source = np.empty(len(steps), np.int64)
         index = np.empty(len(steps), np.int64)
-        for step in np.unique(steps).tolist():
+        # Ascending, since a plan follows from those before it: going back begins at step 0.
+        order = np.argsort(steps, kind="stable")
+        chosen, firsts = np.unique(steps[order], return_index=True)
+        for step, own in zip(chosen.tolist(), np.split(order, firsts[1:]), strict=True):
             self.plan(step)
-            own = steps == step
             source[own] = self.rows.source[within[own]]
             index[own] = self.rows.index[within[own]]
         return RowPlaces(source, index)
