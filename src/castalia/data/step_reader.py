@@ -161,7 +161,7 @@ class StepReader:
             index=np.array(index, np.int64),
             segments=segments,
             filled=filled,
-            labels=labels_of(side, served, numbers, spans_of_rows),
+            labels=labels_of(side, rows, served, numbers, spans_of_rows),
             label_weights=weights_of(side, served, numbers, spans_of_rows),
             reference=reference_of(side, rows, numbers, spans_of_rows),
             reward=reward_of(side, numbers, spans_of_rows),
@@ -205,25 +205,25 @@ def look_up(side: ServedRows, rows: RowPlaces) -> SpansOfRows:
 
 def labels_of(
     side: ServedRows,
+    rows: NDArray[np.int64],
     served: Sequence[ServedRow],
     numbers: Sequence[int],
     spans_of_rows: SpansOfRows,
 ) -> NDArray[np.int64] | None:
-    """The labels of rows of the sources `numbers`; None without label files.
+    """The labels of `rows`, (B, T + 1), of the sources `numbers`; None without label files.
 
     Raises  DataError if a label is neither the token itself nor negative.
     """
     files = side.labels
     if files is None:
         return None
-    length = len(served[0].tokens)
+    length = rows.shape[1]
     label_rows = []
     for row, number, spans in zip(served, numbers, spans_of_rows, strict=True):
         labels = label_row(files[number], spans, length)
         # The files' labels are those of the unchanged tokens.
         label_rows.append(labels if row.origin is None else row.labels(labels))
     labels = np.stack(label_rows)
-    rows = np.stack([row.tokens for row in served])
     wrong = np.flatnonzero(((labels >= 0) & (labels != rows)).any(1))
     if len(wrong):
         file = files[numbers[int(wrong[0])]]

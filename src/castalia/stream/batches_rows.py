@@ -32,9 +32,10 @@ def row_records(
 ) -> Iterator[dict[str, Any]]:
     """One dict per row of the steps, as `castalia.stream.viewing.record_of` makes it.
 
-    Raises  ConfigError if a token file was made with another tokenizer.
+    Raises  ConfigError if a token file was made with another tokenizer, or for steps that are not
+            even planned.
     """
-    places = range(stream.sizes.first(steps.start), stream.sizes.first(steps.stop))
+    places = stream.places(steps.start, steps.stop, planned=True)
     for records in records_of(stream, places, tokenizer, workers):
         yield from records
 
@@ -76,7 +77,7 @@ def lines_to_file(
     """
     name = stream.config.data.tokenizer if tokenizer is not None else None
     facts = {"mode": "jsonl", "tokenizer": name, "first": steps.start, **identity(stream)}
-    places = range(stream.sizes.first(steps.start), stream.sizes.first(steps.stop))
+    places = stream.places(steps.start, steps.stop, planned=True)
     with LineFile(path, facts, steps.stop, overwrite) as file:
         begin = places.start
         if file.last is not None:

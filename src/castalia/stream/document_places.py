@@ -30,6 +30,10 @@ class Covers(NamedTuple):
     """(n,) bool, whether the token is the last of the row and the first of the next one as well:
     the same pass over the document, which counts in the other row."""
 
+    def chosen(self, keep: NDArray[Any]) -> "Covers":
+        """Those at a mask or at indexes."""
+        return Covers(*(values[keep] for values in self))
+
 
 def group(keys: NDArray[Any], count: int) -> tuple[Ints, Ints]:
     """Items by their key in 0..count - 1: where each key's items begin, and the items.
@@ -91,7 +95,7 @@ def covers(
         fits = offsets + length <= source.order.seq_length + 1
         inside = offsets <= source.order.seq_length
         found = Covers(np.arange(len(rows)), rows, offsets, fits, np.zeros(len(rows), bool))
-        return chosen(found, inside & (rows < len(source.order.shuffle_idx)))
+        return found.chosen(inside & (rows < len(source.order.shuffle_idx)))
     if isinstance(source, PackedDataset):
         return covers_in_stream(source, maps, documents, offsets, length)
     text, piece = members(maps["first"], documents)
@@ -102,10 +106,11 @@ def covers(
     before = maps["before"][piece]
     size = source.dataset.sizes[documents[text]]
     goes_on = maps["start"][piece] + own < size
+    # Only where documents are cut do neighbouring rows share a token.
     cut_documents = bool(maps["start"].any())
     again = cut_documents & goes_on & (at == own - 1)
     found = Covers(text, row, before + at, at + length <= own, again)
-    return chosen(found, (at >= 0) & (at < own))
+    return found.chosen((at >= 0) & (at < own))
 
 
 def covers_in_stream(
@@ -131,9 +136,4 @@ def covers_in_stream(
         )
         found = Covers(*(np.concatenate(pair) for pair in zip(found, last, strict=True)))
     # What is left behind the last row of the stream is in none.
-    return chosen(found, found.row < len(source.order.shuffle_idx))
-
-
-def chosen(found: Covers, keep: NDArray[Any]) -> Covers:
-    """The rows at a mask or at indexes."""
-    return Covers(*(values[keep] for values in found))
+    return found.chosen(found.row < len(source.order.shuffle_idx))

@@ -15,7 +15,6 @@ from castalia.runs.recorded_order import RecordedOrder
 from castalia.stream.document_places import (
     Covers,
     Ints,
-    chosen,
     covers,
     document_maps,
     group,
@@ -135,14 +134,14 @@ class ServedPlaces:
         found = covers(self.sources[source], maps, documents, offsets, length)
         which, item = members(maps["rows"], found.row)
         places = maps["places"][item].astype(np.int64)
-        found = chosen(found, which)
+        found = found.chosen(which)
         if self.stream.config.curriculum.kind == "none":
             return found, places
         # What a step leaves out of its rows never comes back.
         room = self.stream.lengths(places) + 1
         found = found._replace(whole=found.whole & (found.at + length <= room))
         read = found.at < room
-        return chosen(found, read), places[read]
+        return found.chosen(read), places[read]
 
     def passes_before(self, found: Covers, places: Ints, text: Ints, place: Ints, at: Ints) -> Ints:
         """How many passes over a text's place in its document begin before a place in the stream.

@@ -19,10 +19,8 @@ from castalia.data.run_rows import RunRows
 from castalia.data.served import ServedRows
 from castalia.data.sidecar import require_tokenizer
 from castalia.data.span_table import DocumentSpan, SpanTable
+from castalia.stream.opening import ROWS_AT_ONCE
 from castalia.tokenizers.tokenizer import Tokenizer
-
-ROWS_AT_ONCE = 1024
-"""Rows that are read at a time."""
 
 
 @dataclass(frozen=True)

@@ -178,11 +178,7 @@ def opened_store(stream: Stream, asked: Asked | Ngrams) -> Iterator[tuple[Store,
 
     Raises  ConfigError without a tokenizer; DataError if the data have changed.
     """
-    tokenizer = stream.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            "counting needs the tokenizer of the token files; add data.tokenizer=FILE"
-        )
+    tokenizer = stream.tokenizer_for("counting")
     described = {**asked.described(), "tokenizer": tokenizer.sha256}
     if stream.config.curriculum.kind != "none":
         # It decides how much of its rows a step reads.

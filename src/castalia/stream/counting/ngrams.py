@@ -17,8 +17,6 @@ from castalia.stream.counting.pairs import WORD
 from castalia.stream.counting.pieces import Pieces
 from castalia.tokenizers.tokenizer import Tokenizer
 
-MERGED_AT_ONCE = 1 << 24
-"""Keys in memory during a merge: 256 MB with their counts."""
 WORDS_AT_ONCE = 1 << 21
 """Words whose hashes are remembered."""
 Keys = NDArray[Any]

@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.stream.counting.pieces import Pieces, word_bytes
+from castalia.stream.counting.terms import Found
 
 WORD = re.compile(r"\w+")
 
@@ -54,7 +54,7 @@ class Placed:
         return one, other, where
 
 
-def placed_terms(pieces: Pieces, found: Any) -> Placed:
+def placed_terms(pieces: Pieces, found: Found) -> Placed:
     """Occurrences of terms in the text of pieces, with their words."""
     order = np.argsort(found.start, kind="stable")
     label, start, stop = (column[order] for column in found)
