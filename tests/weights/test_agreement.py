@@ -73,12 +73,15 @@ def test_comparisons_of_a_suite(suite):
 
 def test_the_command_and_its_picture(suite, tmp_path, capsys):
     picture = tmp_path / "agreement.svg"
-    app(["agreement", str(suite), "--picture", str(picture), "--json"], standalone_mode=False)
+    words = ["agreement", str(suite), "--picture", str(picture), "--page", f"{picture}.html"]
+    app([*words, "--json"], standalone_mode=False)
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 7 and rows[0]["group"] == "m"
     text = picture.read_text()
     for word in ("piqa: accuracy", "kappa with the last step", "kappa between seeds", "<polygon"):
         assert word in text
+    # Each chart an element of its own: the page reflows.
+    assert Path(f"{picture}.html").read_text().count('<svg xmlns="http') == 3
     app(["agreement", str(suite), "--task", "piqa"], standalone_mode=False)
     assert "0.844" in capsys.readouterr().out
 

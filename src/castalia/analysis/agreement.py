@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
+from castalia.analysis.chart_page import charts, write_chart_page
+from castalia.analysis.html import section
 from castalia.analysis.tuning.chart import Panel, write_chart
 from castalia.weights.agreement import SEEDS, SELF, Agreement
 
 Values = Mapping[str, Mapping[int, Sequence[float]]]
 """Values by group and step."""
+ABOUT = (
+    "Medians over seeds, and the middle half as a ribbon. Kappa is 1 where all answers are equal,"
+    " and 0 where as many are as chance gives. The axis at the bottom is the logarithm of the step;"
+    " step 0 has no place on it."
+)
 
 
 def write_agreement(rows: Sequence[Agreement], path: str | Path) -> Path:
@@ -18,11 +25,30 @@ def write_agreement(rows: Sequence[Agreement], path: str | Path) -> Path:
 
     Raises  ConfigError if the name does not end in .svg; CastaliaError if it cannot be written.
     """
+    charts_of_tasks = [panels(task, own) for task, own in by_task(rows).items()]
+    return write_chart(path, charts_of_tasks, "Agreement")
+
+
+def write_agreement_page(rows: Sequence[Agreement], path: str | Path) -> Path:
+    """Write the same charts as a page, whose charts stand below each other on a phone.
+
+    Raises  CastaliaError if it cannot be written.
+    """
+    body = ""
+    for task, own in by_task(rows).items():
+        drawn = panels(task, own)
+        names = list(dict.fromkeys(name for each in drawn for name in each.lines))
+        body += section(task, "", charts(drawn, names))
+    return write_chart_page(path, "Agreement", ABOUT, body)
+
+
+def by_task(rows: Sequence[Agreement]) -> dict[str, list[Agreement]]:
+    """The comparisons of each task, by its name with the shots."""
     tasks: dict[str, list[Agreement]] = defaultdict(list)
     for row in rows:
         shots = "" if not row.shots else f" {row.shots}-shot"
         tasks[f"{row.task}{shots}"].append(row)
-    return write_chart(path, [panels(task, own) for task, own in tasks.items()], "Agreement")
+    return tasks
 
 
 def panels(task: str, rows: Sequence[Agreement]) -> list[Panel]:

@@ -19,6 +19,10 @@ def agreement(
     picture: Annotated[
         str | None, typer.Option(metavar="FILE", help="FILE.svg, curves over the steps.")
     ] = None,
+    page: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="FILE.html, the same curves as wide as the screen is."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the answers of checkpoints document by document: Cohen's kappa.
@@ -30,7 +34,7 @@ def agreement(
 
     Example:
 
-      castalia agreement runs/suite --picture agreement.svg
+      castalia agreement runs/suite --picture agreement.svg --page agreement.html
     """
     from castalia.cli.scaling import print_table
     from castalia.weights.agreement import agreements
@@ -44,6 +48,10 @@ def agreement(
         from castalia.analysis.agreement import write_agreement
 
         write_agreement(rows, picture)
+    if page is not None:
+        from castalia.analysis.agreement import write_agreement_page
+
+        write_agreement_page(rows, page)
     if as_json:
         typer.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return
