@@ -162,7 +162,7 @@ def edited(row: ServedRow, edits: Sequence[TokenEdit]) -> ServedRow:
         ignored = old[whence]
         ignored[len(new) :] = True
     # The row may be changed already: what its own tokens stand for is what the new ones do.
-    origin = whence if row.origin is None else row.origin[whence]
+    origin = row.moved(np.arange(size))[whence]
     return ServedRow(np.append(new, np.zeros(padding, np.int64)), spans, ignored, origin)
 
 

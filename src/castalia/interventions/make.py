@@ -163,9 +163,9 @@ class Maker:
                 f"{where}: numbers of documents are those of one token file, but the run has"
                 f" {len(sources)}; name one in sources"
             )
-        for number in sources if numbers else ():
+        for number in sources:
             count = len(self.facts.datasets[number])
-            if max(numbers) >= count:
+            if max(numbers, default=-1) >= count:
                 raise ConfigError(
                     f"{where}: no document {max(numbers)}: {self.facts.names[number]} has {count}"
                 )

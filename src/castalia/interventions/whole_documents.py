@@ -43,12 +43,14 @@ class Drop(Intervention):
         gone = np.zeros(len(row.tokens), np.bool_)
         begin = 0
         for span in row.spans:
+            # An item of ready rows holds several documents, of which only the text is known.
             if facts.ready and self.pattern is not None and not (self.numbers or self.fields):
                 parts = ended(row.tokens[begin : begin + span.length], facts.eod_id)
                 parts = [part for part in parts if self.matches(row.tokens[begin:], part, facts)]
+            elif self.drops(where.source, span.document, facts):
+                parts = [range(span.length)]
             else:
-                whole = self.drops(where.source, span.document, facts)
-                parts = [range(span.length)] if whole else []
+                parts = []
             for part in parts:
                 place = range(begin + part.start, begin + part.stop)
                 gone[place.start : place.stop] = True
@@ -56,7 +58,7 @@ class Drop(Intervention):
             begin += span.length
         if not gone.any():
             return row
-        origin = np.arange(len(gone)) if row.origin is None else row.origin
+        origin = row.moved(np.arange(len(gone)))
         ignored = gone if row.ignored is None else gone | row.ignored
         return ServedRow(np.where(gone, self.fill, row.tokens), row.spans, ignored, origin)
 
@@ -93,9 +95,12 @@ class Drop(Intervention):
             entry = read_provenance(dataset.prefix, document)
             missing = [name for name in self.fields if entry is None or name not in entry]
             if missing or entry is None:
+                lacks = "lacks"
+                if entry is None:
+                    lacks = "would have, but there is none"
                 raise DataError(
                     f"{self.where}: where names {missing[0]!r}, which the index of the documents of"
-                    f" {dataset.prefix} {'lacks' if entry else 'would have, but there is none'};"
+                    f" {dataset.prefix} {lacks};"
                     " `castalia prepare` writes it with --metadata"
                 )
             if not all(rule.search(str(entry[name])) for name, rule in self.fields.items()):
@@ -146,7 +151,7 @@ class Insert(Intervention):
             texts = [facts.tokenizer.decode(ids[:SHOWN])[:SHOWN] for ids in (old, document)]
             edit = edit._replace(old_text=texts[0], new_text=texts[1])
         notes.edits.append((DocumentSpan(number, 0, len(document)), edit))
-        origin = np.arange(size) if row.origin is None else row.origin
+        origin = row.moved(np.arange(size))
         ignored = row.ignored
         if ignored is not None:
             ignored = ignored.copy()

@@ -13,6 +13,7 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data.intervention_config import FunctionConfig, RegexConfig, SwapConfig, Term
 from castalia.interventions.intervention import Facts, Notes, PieceIntervention
 from castalia.interventions.rewriting import (
+    ESCAPED,
     Replacement,
     Rewriter,
     TokenEdit,
@@ -23,6 +24,10 @@ from castalia.tokenizers.tokenizer import Tokenizer
 
 CHECKED_CALLS = 4
 """First changes of a process for which a function is called twice, to see whether it is one."""
+
+
+OUTSIDE = "".join(map(chr, range(ord(ESCAPED[0]), ord(ESCAPED[1]) + 1)))
+"""Every character that stands for a byte outside of any character."""
 
 
 class TextIntervention(PieceIntervention):
@@ -70,7 +75,10 @@ class Swap(TextIntervention):
         found = []
         for match in self.pattern.finditer(text):
             word = match[0]
-            new = self.new[word] if self.match_case else in_case(self.new[word.lower()], word)
+            if self.match_case:
+                new = self.new[word]
+            else:
+                new = in_case(self.new[word.lower()], word)
             if new != word:
                 found.append(Replacement(match.start(), match.end(), new))
         return found
@@ -125,7 +133,7 @@ class TextFunction(TextIntervention):
     def replacements(self, text: str, notes: Notes) -> list[Replacement]:
         """The part of the text in which the function's differs."""
         # A row may cut the first and the last character; a function gets whole ones.
-        inner = text.strip("".join(map(chr, range(0xDC80, 0xDD00))))
+        inner = text.strip(OUTSIDE)
         if surrogates(inner) or not inner:
             return []
         new = self.function(inner)
@@ -163,10 +171,14 @@ class TokenFunction(PieceIntervention):
                 raise DataError(unsteady(self.where, self.name))
         shorter = min(len(new), len(tokens))
         different = np.flatnonzero(new[:shorter] != tokens[:shorter])
-        start = int(different[0]) if len(different) else shorter
+        start = shorter
+        if len(different):
+            start = int(different[0])
         most = shorter - start
         ends = new[len(new) - most :] != tokens[len(tokens) - most :]
-        tail = most - 1 - int(np.flatnonzero(ends)[-1]) if ends.any() else most
+        tail = most
+        if ends.any():
+            tail = most - 1 - int(np.flatnonzero(ends)[-1])
         return [token_edit(tokens, start, len(tokens) - tail, new[start : len(new) - tail])]
 
     def called(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -251,6 +263,7 @@ def token_id(term: Term, tokenizer: Tokenizer | None, vocab_size: int, where: st
         if tokenizer is None:
             raise ConfigError(f"{where}: {term!r} is text, and data.tokenizer is null; give an id")
         named = tokenizer.ids.get(term)
+        # The name of a special token is not what its text encodes to.
         ids = tokenizer.encode(term) if named is None else [named]
         if len(ids) != 1:
             raise ConfigError(

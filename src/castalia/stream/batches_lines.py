@@ -131,7 +131,9 @@ def called(
     Raises  ConfigError with the step, if it fails or returns no dict.
     """
     seen = rows.seen
-    arguments = (seen.tokens, rows.step, seen) if with_block else (seen.tokens, rows.step)
+    arguments: list[Any] = [seen.tokens, rows.step]
+    if with_block:
+        arguments.append(seen)
     try:
         result = function(*arguments)
     except Exception as error:

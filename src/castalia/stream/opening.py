@@ -160,13 +160,17 @@ class Stream:
         With `planned` also those that it will train, where the order is known ahead.
         Raises  ConfigError saying at which step the run stands.
         """
-        asked = f"step {first}" if stop == first + 1 else f"steps {first} to {stop - 1}"
+        asked = f"steps {first} to {stop - 1}"
+        if stop == first + 1:
+            asked = f"step {first}"
         if not 0 <= first <= stop <= self.steps:
             raise ConfigError(f"{asked}: the run has steps 0 to {self.steps - 1}")
         trained = self.trained
         if self.folder is None or stop <= trained:
             return
-        last = "has trained no step" if not trained else f"has trained steps 0 to {trained - 1}"
+        last = "has trained no step"
+        if trained:
+            last = f"has trained steps 0 to {trained - 1}"
         where = f"{asked}: not trained yet; the run in {self.folder} {last} of {self.steps}"
         if self.is_mixed:
             raise ConfigError(
@@ -260,7 +264,9 @@ def open_stream(words: str | Sequence[str], say: Callable[[str], None] = print) 
     Raises  ConfigError; DataError if the data are missing, damaged, too short for a row, or not
             those that the run in the folder trained on.
     """
-    return stream_of(resolve([words] if isinstance(words, str) else words).config, say)
+    if isinstance(words, str):
+        words = [words]
+    return stream_of(resolve(words).config, say)
 
 
 def stream_of(config: RunConfig, say: Callable[[str], None] = print) -> Stream:

@@ -1,6 +1,6 @@
 """A trace as lines to read: where the text stands, what is around it, when it was seen."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -29,7 +29,7 @@ Mark = Callable[[str], str]
 def trace_lines(trace: Trace, shown: str, limit: int, mark: Mark) -> Iterator[str]:
     """The lines of a trace; `mark` sets the text apart in its context, `shown` is its name."""
     yield headline(trace, shown)
-    forms = (f"{len(form.ids)} {tokens(form.ids)} {form.name}" for form in trace.forms)
+    forms = (f"{times(len(form.ids), 'token')} {form.name}" for form in trace.forms)
     yield f"looked for {', '.join(forms)} in {HOW[trace.how]}: {trace.seconds:.3f} s"
     yield from trace.notes
     if not len(trace):
@@ -147,16 +147,10 @@ def checkpoint_lines(trace: Trace) -> Iterator[str]:
         (count, [step for step, _ in own])
         for count, own in groupby(seen.items(), key=lambda pair: pair[1])
     ]
-    names = [
-        str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}" for _, steps in groups
-    ]
+    # Saved steps are far apart, and many of them have seen a text as often.
+    names = [" to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) for _, steps in groups]
     width = max(map(len, names))
     yield ""
     yield "seen before checkpoint"
     for name, (count, _) in zip(names, groups, strict=True):
         yield f"  {name:>{width}}  {times(count, 'time')}"
-
-
-def tokens(ids: Sequence[int]) -> str:
-    """The noun for so many."""
-    return "token" if len(ids) == 1 else "tokens"

@@ -71,7 +71,7 @@ class Trace:
         """A dict for each occurrence, in the order in which training read them."""
         step, row = self.steps
         sources = self.stream.sources
-        for i in range(self.found.total if limit is None else min(limit, self.found.total)):
+        for i in range(self.found.total)[:limit]:
             yield {
                 "step": int(step[i]),
                 "row": int(row[i]),
@@ -166,7 +166,9 @@ class Tracer:
         """Why the rows at some places were read."""
         first = self.stream.step_of(places.start)[0]
         last = self.stream.step_of(places.stop - 1)[0]
-        reason = "data.interventions" if self.stream.config.data.interventions else "data.fim_rate"
+        reason = "data.fim_rate"
+        if self.stream.config.data.interventions:
+            reason = "data.interventions"
         return f"{reason} may change the rows of steps {first} to {last}: they were read"
 
 

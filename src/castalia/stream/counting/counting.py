@@ -47,6 +47,11 @@ class Counts:
     """Different n-grams in all, of which the labels are the most frequent."""
 
     @property
+    def found(self) -> int:
+        """How many labels there are, also those that are not among `labels`."""
+        return len(self.labels) if self.distinct is None else self.distinct
+
+    @property
     def totals(self) -> NDArray[np.int64]:
         """(K,) occurrences in all the steps."""
         return self.counts[:, -1]
@@ -232,4 +237,6 @@ def look_up(store: Store, asked: Asked, chosen: Range) -> Counts:
 
 def default_jobs() -> int:
     """Processes that count at once: the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

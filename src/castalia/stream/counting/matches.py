@@ -42,8 +42,9 @@ class Pattern:
         try:
             self.pattern: Any = library.compile(pattern, library.I if ignore_case else 0)
         except library.error as error:
-            rest = pattern[error.pos :] if error.pos is not None else ""
-            where = f" at character {error.pos}, before {rest!r}" if rest else " at its end"
+            where = " at its end"
+            if error.pos is not None and error.pos < len(pattern):
+                where = f" at character {error.pos}, before {pattern[error.pos :]!r}"
             raise ConfigError(f"--regex {pattern!r}: {error.msg}{where}") from None
         if not pattern:
             raise ConfigError("--regex '': an empty pattern matches everywhere; write one")
@@ -64,8 +65,12 @@ class Pattern:
         try:
             for match in self.pattern.finditer(text, timeout=self.seconds):
                 # A group that took no part in the match says nothing about it.
-                group = self.group if match[self.group] is not None else 0
-                label = match[group].lower() if self.ignore_case else match[group]
+                group = self.group
+                if match[group] is None:
+                    group = 0
+                label = match[group]
+                if self.ignore_case:
+                    label = label.lower()
                 yield Match(label, *match.span(group))
         except TimeoutError:
             raise SlowRowError(row) from None

@@ -28,10 +28,9 @@ def json_of(counts: Counts, order: Sequence[int]) -> dict[str, Any]:
         if counts.ids is not None:
             term["ids"] = counts.ids[number]
         terms.append(term)
-    found = counts.distinct if counts.distinct is not None else len(counts.labels)
     return {
         "terms": terms,
-        "distinct": found,
+        "distinct": counts.found,
         "tokens": counts.tokens,
         "steps": counts.stop - counts.first,
     }
@@ -53,7 +52,8 @@ def as_text(counts: Counts, shown: Sequence[int]) -> str:
     for number, label in zip(shown, labels, strict=True):
         values = [f"{counts.counts[number, place]:>14,}" for place in places]
         lines.append(f"{label:<{width}}" + "".join(values))
-    found = len(counts.labels) if counts.distinct is None else counts.distinct
-    rest = f"; {found - len(shown):,} more" if found > len(shown) else ""
+    rest = ""
+    if counts.found > len(shown):
+        rest = f"; {counts.found - len(shown):,} more"
     lines.append(f"{counts.tokens:,} tokens of steps {counts.first} to {counts.stop - 1}{rest}")
     return "\n".join(lines)

@@ -89,7 +89,7 @@ class FlatTokens:
         Raises  DataError if an id is negative.
         """
         largest = 0
-        end: int | None = None
+        ends: set[int] = set()
         for first in range(0, self.tokens, BLOCK):
             stop = min(first + BLOCK, self.tokens)
             ids = self.read(first, stop)
@@ -97,10 +97,10 @@ class FlatTokens:
                 raise DataError(f"{self.dataset.prefix}: holds token {ids.min()}, expected ids")
             largest = max(largest, int(ids.max()))
             last = ids[self.borders(first, stop) - 1 - first]
-            ends = {int(token) for token in np.unique(last)} | ({end} if end is not None else set())
-            # An id that never occurs stands for documents that end differently.
-            end = next(iter(ends), None) if len(ends) < 2 else -1
-        return Survey(largest, None if end == -1 else end)
+            ends.update(np.unique(last).tolist())
+        if len(ends) != 1:
+            return Survey(largest, None)
+        return Survey(largest, ends.pop())
 
     def borders(self, first: int, stop: int) -> Positions:
         """The ends of documents in (first, stop], as positions one past their last token."""
@@ -108,7 +108,10 @@ class FlatTokens:
         places = np.array([first, stop], np.int64) * self.itemsize
         begin, end = np.searchsorted(pointers, places, side="right")
         inner = pointers[begin:end] // self.itemsize
-        return np.append(inner, self.tokens) if stop == self.tokens else inner
+        if stop < self.tokens:
+            return inner
+        # No document begins where the last one ends.
+        return np.append(inner, self.tokens)
 
 
 def width_of(largest: int) -> int:

@@ -133,9 +133,8 @@ class Index(Search):
         ]
         if damaged:
             raise DataError(
-                f"{', '.join(damaged)}: other bytes than were written; remove"
-                f" {'it' if len(damaged) == 1 else 'them'}, and `castalia index"
-                f" {self.flat.dataset.prefix}` builds what is missing"
+                f"{', '.join(damaged)}: other bytes than were written; remove what is damaged, and"
+                f" `castalia index {self.flat.dataset.prefix}` builds what is missing"
             )
 
     def ranks(self, ids: Sequence[int]) -> list[tuple[int, int]]:
