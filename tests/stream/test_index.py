@@ -141,9 +141,7 @@ def test_refusals(tmp_path):
     content = bytearray(part.read_bytes())
     content[40] ^= 1
     part.write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"part-00000.places: other bytes than were written"
-    ):
+    with pytest.raises(DataError, match=r"part-00000.places: other bytes than were written"):
         Index(changed).verify()
     part.unlink()
     assert build_index(changed)["built"] == 1
