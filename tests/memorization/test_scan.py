@@ -12,7 +12,7 @@ from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, Da
 from castalia.export.exports import export
 from castalia.memorization import job as jobs
 from castalia.memorization.job import Options, jobs_of
-from castalia.memorization.scan import Worker, scan, work_folder
+from castalia.memorization.scan import Worker, assemble, prepare, scan, work_folder
 from castalia.memorization.table import Scores
 from castalia.stream.opening import open_stream
 
@@ -94,6 +94,21 @@ def test_a_stopped_scan_goes_on_and_several_share_it(run, whole, tmp_path, monke
     assert ours.drop_columns(["loss"]).equals(theirs.drop_columns(["loss"]))
     assert np.asarray(ours["loss"]) == pytest.approx(np.asarray(theirs["loss"]), rel=1e-5)
     assert parquet.ParquetFile(job.output).num_row_groups == 7
+
+
+def test_parts_of_other_options_are_never_taken(run, tmp_path):
+    ours, theirs = (
+        jobs_of([str(run)], "8", Options(prompt=prompt), tmp_path / "x.parquet")[0]
+        for prompt in (32, 16)
+    )
+    folder = work_folder(ours)
+    prepare(ours, folder)
+    # The other one is started before the first has claimed a shard, and looks like the first.
+    prepare(theirs, folder)
+    for job in (theirs, ours):
+        Worker(job, folder, silent).work(job.shards())
+    assemble(ours, folder)
+    assert set(parquet.read_table(ours.output)["prompt"].to_pylist()) == {32}
 
 
 def test_checkpoints_of_an_earlier_file_are_kept(run, tmp_path):

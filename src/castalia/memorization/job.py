@@ -187,6 +187,11 @@ class Job:
             **options,
         }
 
+    @cached_property
+    def mark(self) -> str:
+        """In the names of its parts: what other options computed is never taken for its own."""
+        return hash_of(self.identity())
+
     @property
     def stream_name(self) -> str:
         """The name of the run whose rows are read."""

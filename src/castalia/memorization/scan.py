@@ -200,7 +200,7 @@ class Worker:
 
     def done(self, shard: Shard) -> bool:
         """Whether the part is there, after computing it if it is free."""
-        part = part_of(self.folder, shard)
+        part = part_of(self.job, shard)
         if part.exists():
             return True
         if not self.folder.exists() and shard.checkpoint in finished_before(self.job):
@@ -303,9 +303,10 @@ def runs_of(places: "range | NDArray[np.int64]") -> Iterator[range]:
         yield range(int(run[0]), int(run[-1]) + 1)
 
 
-def part_of(folder: Path, shard: Shard) -> Path:
+def part_of(job: Job, shard: Shard) -> Path:
     """The file of a shard."""
-    return folder / f"step-{shard.checkpoint.step:08d}.{shard.number:05d}.parquet"
+    name = f"step-{shard.checkpoint.step:08d}.{shard.number:05d}.{job.mark}.parquet"
+    return work_folder(job) / name
 
 
 @contextmanager
@@ -321,11 +322,11 @@ def assemble(job: Job, folder: Path) -> None:
     """Write the output out of the parts and of what it had, once, and remove the parts."""
     with claimed(folder):
         if not finished_before(job) >= set(job.checkpoints):
-            write_whole(job, folder)
+            write_whole(job)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_whole(job: Job, folder: Path) -> None:
+def write_whole(job: Job) -> None:
     """Write the output."""
     parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     earlier = Scores(job.output) if job.output.exists() else None
@@ -334,7 +335,7 @@ def write_whole(job: Job, folder: Path) -> None:
     parts: dict[int, list[Path]] = {}
     for shard in job.shards():
         if str(shard.checkpoint.step) not in weights:
-            parts.setdefault(shard.checkpoint.step, []).append(part_of(folder, shard))
+            parts.setdefault(shard.checkpoint.step, []).append(part_of(job, shard))
     for checkpoint in job.checkpoints:
         weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
         near.setdefault(str(checkpoint.step), 0)
