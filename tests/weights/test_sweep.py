@@ -147,6 +147,9 @@ def test_two_seeds_and_a_stop_between_checkpoints(published, weights, tmp_path, 
     assert drift["peer_cosine"] == pytest.approx(-1)
     assert drift["peer_distance"] == pytest.approx(2 * drift["l2"])
     page = write_weights_page(path, tmp_path / "page.html").read_text()
+    del opened[f"{tmp_path}/suite/seed0/step0"][NAME]
+    with pytest.raises(CheckpointError, match=rf"step2 has {NAME} .*step0 lacks it, so the two do"):
+        sweep.sweep(paths, str(tmp_path / "x.parquet"), steps="2")
     assert "Between models" in page and "seed1 / seed0" in page
 
 

@@ -9,7 +9,7 @@ Source  Charikar, Chen and Farach-Colton 2002 (count sketch); Thorup and Zhang 2
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -55,20 +55,15 @@ Checkpoint = Mapping[str, Measured]
 """The tensors of one revision by name."""
 
 
-def measure(
-    tensors: Mapping[str, Stored], on_bytes: Callable[[int], None] | None = None
-) -> dict[str, Measured]:
+def measure(tensors: Mapping[str, Stored]) -> dict[str, Measured]:
     """Read each tensor once; one is in memory at a time.
 
-    Takes   on_bytes: called with the bytes of each tensor.
     Raises  CheckpointError if a file is not whole.
     """
     out: dict[str, Measured] = {}
     for name, stored in tensors.items():
         file, tensor = stored.whole()
         out[name] = measured(file, tensor)
-        if on_bytes is not None:
-            on_bytes(out[name].bytes)
     return out
 
 

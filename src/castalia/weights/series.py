@@ -58,10 +58,6 @@ class Series:
         config, _ = check(RunConfig, config_of_run(self.run))
         return config
 
-    def place(self, number: int) -> str:
-        """Where a revision lies, for a message."""
-        return str(self.revisions[number].folder)
-
 
 class Stored(Protocol):
     """A tensor that is not read yet."""

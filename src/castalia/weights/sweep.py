@@ -195,6 +195,8 @@ def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator
         tensor = tensors[name]
         if not tensor.is_floating_point():
             continue
+        for word, its in others.items():
+            require_shape(name, tensor, its, own=member.checkpoints[step], other=compared[word])
         own = Together(sums_of(tensor), {w: between(tensor, o[name]) for w, o in others.items()})
         if tensor.dim() > 1:
             matrices.append(own)
@@ -209,6 +211,19 @@ def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator
     yield shared | {"level": "matrices", "name": "matrices", "layer": None} | values_of(matrices)
     every = [part for parts in groups.values() for part in parts]
     yield shared | {"level": "model", "name": "model", "layer": None} | values_of(every)
+
+
+def require_shape(
+    name: str, tensor: Tensor, others: StoredTensors, *, own: Checkpoint, other: Checkpoint
+) -> None:
+    """Raises  CheckpointError if what a checkpoint is compared with lacks a tensor of its shape."""
+    shape = tuple(others.stored(name).shape) if name in others else None
+    if shape != tuple(tensor.shape):
+        has = "lacks it" if shape is None else f"has {list(shape)}"
+        raise CheckpointError(
+            f"{own.path} has {name} of shape {list(tensor.shape)}, and {other.path} {has}, so the"
+            " two do not compare; `castalia audit` says which of the revisions is unlike the others"
+        )
 
 
 def layer_of(name: str) -> int | None:
