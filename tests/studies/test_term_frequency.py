@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.stream.opening import open_stream
 from castalia.studies import term_frequency as study_room
-from castalia.studies.term_frequency import FrequencyStudy, term_frequency
+from castalia.studies.term_frequency import FrequencyStudy, require_room, term_frequency
 from castalia.studies.term_frequency_prompts import Questions, is_right
 from castalia.studies.term_frequency_rows import Key, Row, gaps, means, read_published
 
@@ -217,3 +218,16 @@ def test_what_cannot_be_studied(run, tmp_path, monkeypatch):
     assert "no column checkpoint, task, fewshot, acc_stderr" in castalia(str(wrong))
     wrong.write_text("model,checkpoint,task,fewshot,acc,acc_stderr\na,1,piqa,0,1,0\n")
     assert "wrong.csv:2: unknown task 'piqa'" in castalia(str(wrong))
+
+
+def test_the_longest_question_of_any_task_must_fit():
+    questions = Questions(range(90, 92), range(50, 51))
+    study = FrequencyStudy(questions, tasks=("addition", "multiplication"), shots=(4,))
+    (sums, products) = (
+        max(len(item.prompt) for item in questions.items(task, 4)) for task in study.tasks
+    )
+    assert sums < products
+    room = SimpleNamespace(max_position_embeddings=sums + study.new_tokens)
+    model = SimpleNamespace(config=room, encode=list)
+    with pytest.raises(ConfigError, match=rf"take {products + 16} tokens, its context has"):
+        require_room(model, study, SimpleNamespace(title="tiny step 4"))

@@ -269,12 +269,13 @@ def require_room(model: LanguageModel, study: FrequencyStudy, checkpoint: Checkp
     limit = model.config.max_position_embeddings
     if limit is None:
         return
-    items = study.questions.items(study.tasks[0], max(study.shots))
+    shots = max(study.shots)
+    items = [item for task in study.tasks for item in study.questions.items(task, shots)]
     longest = max((item.prompt for item in items), key=len)
     size = len(model.encode(longest)) + study.new_tokens
     if size > limit:
         raise ConfigError(
-            f"{checkpoint.title}: {max(study.shots)} shots and an answer take {size} tokens, its"
+            f"{checkpoint.title}: {shots} shots and an answer take {size} tokens, its"
             f" context has {limit}; use fewer --shots, a shorter --template or --new-tokens"
         )
 
