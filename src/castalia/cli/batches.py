@@ -358,16 +358,15 @@ def decoder_of(stream: "Stream", flags: BatchFlags, needed: bool = False) -> Any
 
 @contextmanager
 def progress(verb: str, steps: range) -> Iterator[Callable[[int], Any]]:
-    """Progress over steps, on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    """Progress over steps; yields a callback that takes how many more are done."""
+    from castalia.terminal.progress import counted_progress
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda count: None
-        return
-    columns = (TextColumn(f"{verb}, steps"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(verb, total=len(steps))
-        yield lambda count: bar.advance(task, count)
+    done = 0
+    with counted_progress(f"{verb}, steps") as show_done:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show_done("", done, len(steps))
+
+        yield advance

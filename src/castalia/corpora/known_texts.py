@@ -6,7 +6,9 @@ the training part, `held-out/0007` a document that is not in it.
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from castalia.corpora.texts import TextDocument
@@ -35,9 +37,10 @@ class Words:
         return words[self.number(len(words))]
 
 
-def held_out(number: int) -> bool:
-    """Whether the document of this number is held out."""
-    return number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+def name_of(number: int) -> str:
+    """The name of a document, which says whether it is held out."""
+    part = "held-out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"
+    return f"{part}/{number:04}"
 
 
 def listed(text: str, between: str = " ") -> list[str]:
@@ -118,21 +121,18 @@ def arithmetic() -> list[TextDocument]:
     words = Words(3)
     numbers = operands_by_frequency()
     # The r-th most frequent one has the weight 1 / r.
-    stops: list[float] = []
-    for rank in range(1, OPERANDS + 1):
-        stops.append((stops[-1] if stops else 0.0) + 1 / rank)
+    stops = list(accumulate(1 / rank for rank in range(1, OPERANDS + 1)))
     documents = []
     for number in range(STATEMENTS // STATEMENTS_EACH):
         statements = [statement(words, numbers, stops) for _ in range(STATEMENTS_EACH)]
-        name = f"{'held-out' if held_out(number) else 'train'}/{number:04}"
-        documents.append(TextDocument(name, " ".join(statements)))
+        documents.append(TextDocument(name_of(number), " ".join(statements)))
     return documents
 
 
 def statement(words: Words, numbers: Sequence[int], stops: Sequence[float]) -> str:
     """One true statement."""
     drawn = words.draw() * stops[-1]
-    first = numbers[sum(stop <= drawn for stop in stops)]
+    first = numbers[bisect_right(stops, drawn)]
     second = 1 + words.number(SECOND)
     if words.draw() < 0.5:
         return f"{first} times {second} is {first * second}."
@@ -180,8 +180,7 @@ def people() -> list[TextDocument]:
     words = Words(4)
     documents = []
     for number in range(PEOPLE):
-        name = f"{'held-out' if held_out(number) else 'train'}/{number:04}"
-        documents.append(TextDocument(name, " ".join(person(words) for _ in range(3))))
+        documents.append(TextDocument(name_of(number), " ".join(person(words) for _ in range(3))))
     return documents
 
 

@@ -17,6 +17,7 @@ from castalia.checkpoint.names import step_name
 from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError
 from castalia.core.files import claimed, sha256_of, write_json
+from castalia.corpora.known_texts import PROFESSIONS
 from castalia.eval.bits import HeldOut, source_bits
 from castalia.eval.held_out import WHOLE, document_bytes, sources_of
 from castalia.inference import LanguageModel, load
@@ -25,10 +26,6 @@ from castalia.studies.pronouns_page import write_page
 
 TERMS = [["he", "she"], ["him", "her"], ["his", "her"], ["himself", "herself"]]
 """Masculine pronouns and the feminine ones in their place."""
-PROFESSIONS = (
-    *("nurse", "teacher", "librarian", "dancer", "secretary", "baker"),
-    *("doctor", "lawyer", "farmer", "engineer", "pilot", "carpenter"),
-)
 TEMPLATES = (
     "The {profession} said that {pronoun} was late.",
     "The {profession} said that {pronoun} needed help.",

@@ -9,7 +9,7 @@ from castalia.analysis.html import NONE, section, table
 from castalia.analysis.tuning.chart import Panel, chart
 from castalia.core.files import atomic_write
 from castalia.studies.page import figures, write_study_page
-from castalia.studies.term_frequency_rows import Counts, Key, Row
+from castalia.studies.term_frequency_rows import Frequencies, Key, Row
 
 BINS = 19
 """Points of a line at most, as in the published picture."""
@@ -38,7 +38,7 @@ GAP_ABOUT = (
 def write_pages(
     output: Path,
     rows: Sequence[Row],
-    counts: Counts,
+    counts: Frequencies,
     average: Mapping[Key, float],
     gap: Mapping[Key, float],
 ) -> None:
@@ -77,7 +77,7 @@ def write_table_csv(path: Path, average: Mapping[Key, float], gap: Mapping[Key, 
         writer.writerows([*key, average[key], gap.get(key, "")] for key in sorted(average))
 
 
-def pictures(rows: Sequence[Row], counts: Counts, task: str) -> dict[str, str]:
+def pictures(rows: Sequence[Row], counts: Frequencies, task: str) -> dict[str, str]:
     """By model the picture of accuracy against frequency, with the most shots that it was asked
     with; nothing for a model without frequencies."""
     own = [row for row in rows if row.task == task and counts.get((row.model, row.step, row.x1))]

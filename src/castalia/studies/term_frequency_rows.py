@@ -21,6 +21,9 @@ PUBLISHED_SIZES = {
 }  # fmt: skip
 """Names of sizes before Pythia was renamed, in the published files."""
 
+Frequencies = Mapping[tuple[str, int, int], int]
+"""(model, step, operand) -> occurrences before the checkpoint."""
+
 
 class Key(NamedTuple):
     """What is measured at once: all operands of a task."""
@@ -125,7 +128,7 @@ class RowFile:
             file.write(json.dumps(rows) + "\n")
 
 
-def write_csv(path: Path, rows: Iterable[Row], counts: Mapping[tuple[str, int, int], int]) -> None:
+def write_csv(path: Path, rows: Iterable[Row], counts: Frequencies) -> None:
     """Write rows with the published columns, then the operand's count before the checkpoint."""
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -193,10 +196,6 @@ def read_counts(path: Path) -> dict[tuple[str, int, int], int]:
     return found
 
 
-Counts = Mapping[tuple[str, int, int], int]
-"""(model, step, operand) -> occurrences before the checkpoint."""
-
-
 def means(rows: Iterable[Row]) -> dict[Key, float]:
     """Mean accuracy over the operands."""
     values: dict[Key, list[float]] = {}
@@ -210,7 +209,7 @@ MOST = 10
 than twice as many."""
 
 
-def gaps(rows: Iterable[Row], counts: Counts) -> dict[Key, float]:
+def gaps(rows: Iterable[Row], counts: Frequencies) -> dict[Key, float]:
     """Mean accuracy of the most frequent operands less that of the least frequent ones, in points
     of a hundred; where no operand has a count, nothing.
 

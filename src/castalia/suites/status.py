@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from castalia.analysis.run_list import RunState
 from castalia.models.flops import parameter_counts
 from castalia.suites.members import Suite
 from castalia.suites.running import state_of
@@ -39,6 +40,8 @@ def status_of(suite: Suite) -> list[MemberStatus]:
     out = []
     for member in suite.members:
         state = state_of(member)
+        if state is None:
+            state = RunState(member.folder, 0, None, None, "not begun", [], 0.0)
         out.append(
             MemberStatus(
                 name=member.name,
@@ -48,11 +51,11 @@ def status_of(suite: Suite) -> list[MemberStatus]:
                 data_seed=member.data_seed,
                 weight_seed=member.weight_seed,
                 parameters=parameter_counts(member.config.model).total,
-                step=state.step if state else 0,
+                step=state.step,
                 steps=member.config.train.steps,
-                loss=state.loss if state else None,
-                state=state.state if state else "not begun",
-                checkpoints=state.checkpoints if state else [],
+                loss=state.loss,
+                state=state.state,
+                checkpoints=state.checkpoints,
             )
         )
     return out

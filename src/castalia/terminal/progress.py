@@ -146,7 +146,13 @@ def bytes_progress(
 def counted_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     """Progress over things with names; yields a callback (name of the next, done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -160,7 +166,13 @@ def counted_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
 
         yield line
         return
-    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[at]}"))
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}"),
+    )
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(verb, total=None, at="")
         yield lambda name, done, total: bar.update(task, completed=done, total=total, at=name)
