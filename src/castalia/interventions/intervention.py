@@ -149,6 +149,7 @@ def edited(row: ServedRow, edits: Sequence[TokenEdit]) -> ServedRow:
     tokens.append(row.tokens[at:filled])
     places.append(np.arange(at, filled))
     size = len(row.tokens)
+    # The row keeps its length: all others of its step, and every shape, depend on it.
     new = np.concatenate(tokens)[:size]
     whence = np.concatenate(places)[:size]
     padding = size - len(new)

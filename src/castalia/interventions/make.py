@@ -60,6 +60,7 @@ class Interventions:
         step, number = self.sizes.step_of(place)
         where = Where(step, number, self.sizes.size(step), source)
         notes = []
+        # In the order of the config: each changes what those before it left.
         for item in self.items:
             notes.append(Notes(row))
             if item.applies(where):
@@ -178,6 +179,7 @@ class Maker:
         fill = self.facts.eod_id
         if fill is None or config.fill != "eod":
             fill = token_id(config.fill, self.facts.tokenizer, self.facts.vocab_size, where)
+        # What the file says decides, not where it lies.
         self.decisive[-1] |= {"file": None, "documents": sorted(numbers), "fill": fill}
         return Drop(config, *args, numbers=numbers, fill=fill)
 

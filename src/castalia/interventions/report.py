@@ -131,6 +131,7 @@ def add_row(report: Report, rows: ServedRows, place: int, read: int, examples: i
         try:
             after, notes = changes.noted(row, source, place)
         except DataError as error:
+            # Training would stop here; a report goes on, to name all such rows at once.
             report.rows_refused += 1
             report.refused = [*report.refused, str(error)][:examples]
             continue

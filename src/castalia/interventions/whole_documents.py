@@ -154,6 +154,7 @@ class Insert(Intervention):
         origin = row.moved(np.arange(size))
         ignored = row.ignored
         if ignored is not None:
+            # What is put in is there to be learned, also where a document was dropped.
             ignored = ignored.copy()
             ignored[place : place + len(document)] = False
         return ServedRow(tokens, row.spans, ignored, origin)
@@ -161,6 +162,7 @@ class Insert(Intervention):
     def number_for(self, where: Where) -> int | None:
         """The document that a row gets; None for none. A pure function of seed, step and row."""
         turn, odd = divmod(where.step - self.first, self.every)
+        # Drawn by hashes, not by a generator's state: any rank and any resume draws the same.
         if odd:
             return None
         rows = rows_drawn(f"{self.seed} {where.step}", where.rows, self.count)

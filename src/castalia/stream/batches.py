@@ -73,6 +73,7 @@ def job(
             path.unlink(missing_ok=True)
         there = next(files(), None)
         if path.exists():
+            # A record without a file is of a job that ended before its first one: it binds nobody.
             differ = [key for key, value in read_json(path).items() if facts.get(key) != value]
             if differ and there is not None:
                 raise ConfigError(

@@ -254,6 +254,7 @@ def table_of(per: Per, stream: Stream, steps: range) -> Any:
         flat = block.tokens.reshape(-1)
         if per == "span":
             rows = table.row_of_span
+            # What holds for a row stands in the line of each of its pieces.
             columns = {name: values[rows] for name, values in columns.items()} | fields
             flat = flat[runs(rows * width + table.offsets, table.lengths)]
             bounds = np.concatenate(([0], np.cumsum(table.lengths)))
@@ -261,6 +262,7 @@ def table_of(per: Per, stream: Stream, steps: range) -> Any:
             for name, values in fields.items():
                 columns[name] = pyarrow.ListArray.from_arrays(table.bounds.astype("i4"), values)
             bounds = np.arange(count + 1) * width
+        # Offsets of lists have 32 bits; the table is of one step, which stays far below.
         columns["tokens"] = pyarrow.ListArray.from_arrays(bounds.astype("i4"), flat)
         columns["source"] = pyarrow.DictionaryArray.from_arrays(columns["source"], stream.sources)
         tables.append(pyarrow.table(columns, schema=schema))

@@ -225,6 +225,7 @@ class Stream:
         """
         curriculum = self.curriculum
         for group in self.groups(steps):
+            # Planned: whether steps ahead may be shown is for whoever asks to say.
             block = self.block(self.places(group.start, group.stop, planned=True), dtype)
             first = block.places.start
             for step in group:
@@ -252,6 +253,7 @@ def steps_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`BatchSizes.step_of` for many places, (n,) each."""
     firsts = np.array(sizes.first_rows, np.int64)
+    # Within the ramp a search; behind it all steps are alike, and a division is enough.
     ramp = np.searchsorted(firsts, places, side="right") - 1
     later = np.maximum(places - firsts[-1], 0) // sizes.rows
     step = ramp + later

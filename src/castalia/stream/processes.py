@@ -32,6 +32,8 @@ def in_processes(
         for task in tasks:
             yield work(state, task)
         return
+    # In order, though a slow task then holds up its followers: files and lines are written as they
+    # come, and a stopped job goes on behind the last one.
     pool = WorkerPool(workers, begin, (state, work))
     try:
         yield from in_order(pool, do, ((task,) for task in tasks), workers + AHEAD)

@@ -96,6 +96,7 @@ def in_block(block: Block, forms: Sequence[Form], borders: Borders) -> Iterator[
     row_of_span = table.row_of_span
     if not len(row_of_span):
         return
+    # Pieces ascend by row and offset: one search finds that of each place.
     keys = row_of_span * room + offsets
     filled = block.filled
     for form in forms:
@@ -123,6 +124,7 @@ def places_of(tokens: NDArray[np.integer], ids: Sequence[int]) -> tuple[Ints, In
     columns = tokens.shape[1] - len(ids) + 1
     if columns < 1:
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    # One pass over all tokens; the other ids are compared where the first one stands.
     row, at = np.nonzero(tokens[:, :columns] == ids[0])
     for place, token in enumerate(ids[1:], 1):
         same = tokens[row, at + place] == token

@@ -78,6 +78,7 @@ def require_same_data(
     """
     trained = newest_fingerprint(folder / "checkpoints")
     differences = []
+    # Without a checkpoint the config is all that says what the data were.
     if trained is not None:
         differences = changed(of_training(trained), of_training(fingerprint))
     if not differences:

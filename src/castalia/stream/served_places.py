@@ -193,11 +193,13 @@ def all_maps(served: ServedRows, stop: int) -> dict[str, NDArray[Any]]:
         places = np.flatnonzero(source == number)
         rows = rows_at(row_source, own_place[places])
         count = len(row_source.order.shuffle_idx)
+        # A split leaves rows out, but not their numbers.
         if count and not isinstance(row_source.order.shuffle_idx, range):
             count = max(count, int(row_source.order.shuffle_idx.max()) + 1)
         first, items = group(rows, count)
         maps[f"{number}.rows"] = first
         maps[f"{number}.places"] = places[items]
+        # Of a source that no step reads nothing is asked.
         own = document_maps(row_source) if len(places) else {}
         maps |= {f"{number}.{name}": values for name, values in own.items()}
     return maps

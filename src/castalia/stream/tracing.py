@@ -64,6 +64,7 @@ class Trace:
     def seen_before(self, steps: Sequence[int] | None = None) -> dict[int, int]:
         """How often checkpoints have seen the text: checkpoint C has read steps 0 to C - 1."""
         chosen = self.checkpoints if steps is None else list(steps)
+        # Left: checkpoint C has not seen step C, which leads on from it.
         counts = np.searchsorted(self.steps[0], chosen, side="left")
         return dict(zip(chosen, counts.tolist(), strict=True))
 
@@ -139,6 +140,7 @@ class Tracer:
                 " another only in rows: the rows were read"
             )
         elif not rows:
+            # Of rows that are changed on their way the files do not know what they hold.
             read = self.borders.changed
             notes += [self.why_read(places) for places in read]
         found = []
@@ -150,6 +152,7 @@ class Tracer:
             how = "index" if indexed else "files"
             occurrences, cut, in_files = search(self.places, self.searches, forms)
             occurrences = occurrences.chosen(outside(occurrences.place, read))
+            # Maps and indexes are trusted by their keys: some answers are compared with the rows.
             read_back(self.stream, occurrences, forms)
             found.append(occurrences)
             split = int(outside(cut, read).sum())
@@ -221,6 +224,7 @@ def forms_of(
         forms = [form_of_ids(ids, None if known is None else known.vocab_size)]
     else:
         tokenizer = stream.tokenizer_for("a text")
+        # Under other ids the text would be found nowhere, or another one in its place.
         for source in stream.rows.train.row_sources:
             require_tokenizer(source.dataset.prefix, tokenizer, "data.tokenizer")
         forms = forms_of_text(text, tokenizer, exact=exact)
@@ -265,6 +269,7 @@ def end_of_documents(stream: Stream) -> int | None:
     for dataset in datasets:
         documents = [document for document in dataset[:FIRST_DOCUMENTS] if len(document)]
         last = {int(document[-1]) for document in documents}
+        # A single document ends with some token, which says nothing.
         if len(last) == 1 and len(documents) > 1:
             return last.pop()
     return None
@@ -272,6 +277,7 @@ def end_of_documents(stream: Stream) -> int | None:
 
 def crosses_documents(stream: Stream, forms: Sequence[Form], end: int | None) -> bool:
     """Whether a text goes on behind the end of a document, where rows have several."""
+    # Ready rows are items of the file themselves, so that the file has their borders too.
     if stream.config.data.order == "file":
         return False
     return any(end in form.ids[:-1] for form in forms)

@@ -119,6 +119,7 @@ class MatchFinder:
         label = []
         rows = []
         for row, _, matches in self.pattern.in_pieces(pieces):
+            # Numbered as they come; the parts are joined by the labels' names.
             label += [numbers.setdefault(match.label, len(numbers)) for match in matches]
             rows += [row] * len(matches)
         return Findings(list(numbers), np.array(label, np.int64), np.array(rows, np.int64))
@@ -151,6 +152,7 @@ class Pairs:
         if isinstance(self.of, Matches):
             pattern = Pattern(self.of.pattern, self.of.ignore_case, self.of.seconds)
             return MatchPairFinder(pattern, self)
+        # Ids have no words between them.
         if self.of.options.as_tokens:
             raise ConfigError("--pairs-within counts words between terms: without --as-tokens")
         return TermPairFinder(self.of, self)

@@ -119,6 +119,7 @@ def count_ngrams(
     with opened_store(stream, asked) as (store, job, size):
         for stem in part_stems(store.folder):
             begin, end = range_of(stem)
+            # Sorted n-grams do not tell their steps: a part counts as a whole or not at all.
             if any(begin < bound < end for bound in bounds):
                 remove_part(stem)
         missing: list[tuple[int, int]] = []

@@ -139,6 +139,7 @@ class Store:
                 f"{self.folder}: counts of other data: {'; '.join(differences)}; put the data back,"
                 " or delete the folder to count again"
             )
+        # As it was begun: ranges that are asked for later meet at the same borders.
         return int(facts["steps_of_part"])
 
     def paths(self) -> list[Path]:

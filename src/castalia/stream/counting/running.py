@@ -141,6 +141,7 @@ def count_parts(
     tell = on_part or (lambda steps, tokens: None)
     steps = sum(stop - first for first, stop in missing)
     tokens = steps * stream.config.tokens_per_step
+    # A process more is worth its imports only if it counts for longer than they take.
     jobs = min(jobs, len(missing), tokens // LEAST_TOKENS)
     if jobs <= 1:
         # Also without a part: what cannot be counted is an error, counted before or not.

@@ -82,6 +82,7 @@ class TextTerms:
         table = np.array(matches, np.int64).reshape(-1, 3)
         term, start, stop = table.T
         if self.whole:
+            # A separator before the first piece and behind each: no place lies outside.
             inside = self.begins[term] & word[start - 1]
             inside |= self.ends[term] & word[stop]
             term, start, stop = table[~inside].T
@@ -178,6 +179,7 @@ class TokenTerms:
         for depth in range(self.longest):
             inside = start + depth < len(ids)
             start = start[inside]
+            # A separator is an id that no term has, so that no walk goes on behind it.
             key = node[inside] * self.base + ids[start + depth]
             place = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
             goes_on = self.keys[place] == key

@@ -113,6 +113,7 @@ def build_index(
     require("pydivsufsort", "trace", PURPOSE)
     place = index_folder(dataset.prefix, folder)
     start = time.perf_counter()
+    # Who waits for another that builds finds the index there.
     with claimed(place, 3600.0, silent=1.0):
         manifest = prepared(dataset, place, part_tokens, overwrite)
         layout = manifest.layout
@@ -138,6 +139,7 @@ def prepared(dataset: IndexedDataset, folder: Path, part_tokens: int, overwrite:
         clear(folder)
     manifest = read_manifest(folder)
     if manifest is not None:
+        # Its own size of parts holds: those that are there were cut by it.
         require_same_data(folder, manifest, now)
         return manifest
     flat = FlatTokens(dataset)
@@ -147,6 +149,7 @@ def prepared(dataset: IndexedDataset, folder: Path, part_tokens: int, overwrite:
         raise DataError(
             f"{dataset.prefix}: holds token {survey.largest}, but an index takes ids below 2**32"
         )
+    # A part is sorted with the overlap behind it, for which there must be room.
     layout = Layout(len(flat), width, min(part_tokens, MOST_BYTES // width - (1 << 20)))
     manifest = Manifest(layout, survey.end, now)
     require_room(folder, layout)

@@ -67,6 +67,7 @@ class FlatTokens:
         """The tokens at some positions, (n,)."""
         if not self.dataset.shards:
             return self.read(0, self.tokens)[positions].astype(np.int64)
+        # Shards are several files, of which no single array can be made without a copy.
         tokens = [self.read(place, place + 1)[0] for place in positions.tolist()]
         return np.array(tokens, np.int64)
 

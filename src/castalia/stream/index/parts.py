@@ -143,6 +143,7 @@ class Part:
             place = self.span.start + int(self.places[rank])
             return sortable(self.flat.read(place, place + ids), self.layout.width).tobytes()
 
+        # Some 50 reads of the mapped files: the sort is never in memory.
         ranks = range(len(self.places) if end is None else end)
         first = bisect_left(ranks, query, lo=begin, key=text)
         return first, bisect_right(ranks, query, lo=first, key=text)
