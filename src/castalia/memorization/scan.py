@@ -330,8 +330,11 @@ def write_whole(job: Job) -> None:
     """Write the output."""
     parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     earlier = Scores(job.output) if job.output.exists() else None
-    weights = dict(earlier.metadata["weights"]) if earlier else {}
-    near = dict(earlier.metadata["near_ties"]) if earlier else {}
+    had: dict[str, Any] = {"weights": {}, "near_ties": {}, "arithmetic": []}
+    if earlier is not None:
+        had = earlier.metadata
+    weights = dict(had["weights"])
+    near = dict(had["near_ties"])
     parts: dict[int, list[Path]] = {}
     for shard in job.shards():
         if str(shard.checkpoint.step) not in weights:
@@ -339,9 +342,9 @@ def write_whole(job: Job) -> None:
     for checkpoint in job.checkpoints:
         weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
         near.setdefault(str(checkpoint.step), 0)
-    ways = set(earlier.metadata["arithmetic"]) if earlier else set()
+    ways = set(had["arithmetic"])
     # Of the model, which the job does not know before it is loaded; a scan without rows never does.
-    model = {name: earlier.metadata.get(name) if earlier else None for name in OF_MODEL}
+    model = {name: had.get(name) for name in OF_MODEL}
     for step, paths in parts.items():
         said = [Scores(path).metadata for path in paths]
         model = {name: said[-1][name] for name in OF_MODEL}

@@ -27,6 +27,7 @@ from castalia.core.files import atomic_write
 EXTRA = "parquet"
 PURPOSE = "castalia memorize"
 KEY = b"castalia.memorization"
+"""Where a file says what it is about, as JSON."""
 
 
 def schema(metadata: Mapping[str, Any]) -> Any:

@@ -101,15 +101,19 @@ def equal_findings(
             continue
         count = len(model.checkpoints[number])
         whose = model.revisions[owner].name
-        tail = "" if known else "; which of the two they belong to is unknown"
         if model.still.allows(model.revisions[number], model.revisions[owner]):
             continue
         yield Finding(
             "same_weights",
             model.place(number),
             f"all {count} tensors equal those of {whose}, though the learning rate was not 0"
-            f" between the two{tail}",
+            f" between the two{doubt(known)}",
         )
+
+
+def doubt(known: bool) -> str:
+    """The end of a sentence about equal weights: nothing, if it is known whose they are."""
+    return "" if known else "; which of the two they belong to is unknown"
 
 
 def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -182,7 +186,7 @@ def sharing(
     """Findings about one revision that has tensors of another: whole files, and the rest."""
     checkpoint = model.checkpoints[number]
     whose = model.revisions[owner].name
-    tail = "" if known else "; which of the two they belong to is unknown"
+    tail = doubt(known)
     files: dict[str, set[str]] = defaultdict(set)
     for name, tensor in checkpoint.items():
         if name not in steady:

@@ -163,10 +163,12 @@ def series_in(paths: Sequence[str]) -> list[Series]:
 def distinct(members: list[Series]) -> list[Series]:
     """The models with names of their own: runs/a/small and runs/b/small keep their folders."""
     names = [series.name for series in members]
-    return [
-        replace(series, name=str(series.folder)) if names.count(series.name) > 1 else series
-        for series in members
-    ]
+    out = []
+    for series in members:
+        if names.count(series.name) > 1:
+            series = replace(series, name=str(series.folder))
+        out.append(series)
+    return out
 
 
 def members_of(folder: Path) -> list[Series]:
@@ -174,7 +176,9 @@ def members_of(folder: Path) -> list[Series]:
     own = series_at(folder)
     if own is not None:
         return [own]
-    inner = sorted(item for item in folder.iterdir() if item.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    inner = sorted(item for item in folder.iterdir() if item.is_dir())
     each = (series_at(item) for item in inner if not item.name.startswith("."))
     return [series for series in each if series is not None]
 
@@ -184,8 +188,10 @@ def series_at(folder: Path) -> Series | None:
     if not folder.is_dir():
         return None
     around = run_around(folder.absolute())
-    if is_run(folder.absolute()) or (around is not None and folder.name == "checkpoints"):
-        return of_run(folder if around is None or folder.name != "checkpoints" else folder.parent)
+    if around is not None and folder.name == "checkpoints":
+        return of_run(folder.parent)
+    if is_run(folder.absolute()):
+        return of_run(folder)
     cached = of_cache(folder)
     if cached is not None:
         return cached
@@ -193,10 +199,15 @@ def series_at(folder: Path) -> Series | None:
     if revisions:
         return Series(name_of(folder, around), folder, revisions, around)
     if is_hf_folder(folder) or is_foreign(folder):
-        named = STEP_FOLDER.fullmatch(folder.name)
-        only = Revision(folder.name, int(named[1]) if named else None, folder)
+        only = Revision(folder.name, step_of(folder.name), folder)
         return Series(name_of(folder, around), folder, (only,), around)
     return None
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder or a branch is named after."""
+    named = STEP_FOLDER.fullmatch(name)
+    return None if named is None else int(named[1])
 
 
 def name_of(folder: Path, run: Path | None) -> str:
@@ -220,9 +231,9 @@ def step_folders(folder: Path) -> tuple[Revision, ...]:
     """The sub-folders that are named after steps, and `main`; whole or not."""
     found: list[Revision] = []
     for item in sorted(folder.iterdir()):
-        named = STEP_FOLDER.fullmatch(item.name)
-        if item.is_dir() and (named is not None or item.name == MAIN):
-            found.append(Revision(item.name, int(named[1]) if named else None, item))
+        step = step_of(item.name)
+        if item.is_dir() and (step is not None or item.name == MAIN):
+            found.append(Revision(item.name, step, item))
     if all(revision.step is None for revision in found):
         return ()
     return ascending(found)
@@ -235,10 +246,10 @@ def of_cache(folder: Path) -> Series | None:
         return None
     found: list[Revision] = []
     for ref in sorted((folder / "refs").glob("*")):
-        step = STEP_FOLDER.fullmatch(ref.name)
+        step = step_of(ref.name)
         place = folder / "snapshots" / ref.read_text(encoding="utf-8").strip()
         if place.is_dir() and (step is not None or ref.name == MAIN):
-            found.append(Revision(ref.name, int(step[1]) if step else None, place))
+            found.append(Revision(ref.name, step, place))
     return Series(f"{named['owner']}/{named['name']}", folder, ascending(found))
 
 

@@ -124,19 +124,19 @@ class Chooser:
         self, best: Ids, gaps: Floats, labels: Ids | None, losses: Floats | None
     ) -> CChoice:
         """The structure that the library reads and fills."""
-        screen = self.screen
-        return CChoice(
-            None if self.screened is None else ctypes.addressof(self.screened),
-            None if screen is None else address(screen.rows),
-            0.0 if screen is None else screen.error,
-            0.0 if screen is None else screen.norm,
-            self.near,
-            self.tokens,
-            best.ctypes.data,
-            gaps.ctypes.data,
-            None if labels is None else labels.ctypes.data,
-            None if losses is None else losses.ctypes.data,
-        )
+        choice = CChoice(near=self.near, tokens=self.tokens)
+        choice.best = best.ctypes.data
+        choice.gap = gaps.ctypes.data
+        # What is left out is null: no screen, no labels.
+        if self.screen is not None and self.screened is not None:
+            choice.screen = ctypes.addressof(self.screened)
+            choice.head = address(self.screen.rows)
+            choice.weight_error = self.screen.error
+            choice.weight_norm = self.screen.norm
+        if labels is not None and losses is not None:
+            choice.label = labels.ctypes.data
+            choice.loss = losses.ctypes.data
+        return choice
 
 
 def fits(cache: FusedCache, count: int, length: int) -> bool:

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.extras import require
 from castalia.eval.places import Series, Steps
+from castalia.memorization.table import KEY
 
 EXTRA = "results"
 PURPOSE = "an analysis of memorization"
 COLUMNS = ("step", "index", "prompt", "continuation", "score", "exact", "loss")
 """Of a scan's file; it has others too."""
-METADATA = b"castalia.memorization"
-"""Where a file says what it is about, as JSON."""
 SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([kmbt])(?![a-z0-9])", re.IGNORECASE)
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -123,7 +122,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
             " files that `castalia memorize --output` wrote"
         )
     try:
-        said: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA, b"{}"))
+        said: dict[str, Any] = json.loads((schema.metadata or {}).get(KEY, b"{}"))
     except ValueError as error:
         raise DataError(f"{path}: its metadata are no JSON: {error}") from None
     job: dict[str, Any] = said.get("job", {})
