@@ -1,6 +1,11 @@
 """Suites: their files, members and batches; training goes through `castalia train`."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +193,21 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_
     report = verify_suite(open_suite("runs/mine", only="neox"))
     assert {finding.kind for finding in report.findings} == {"member"}
     assert "the seed of the weights of neox-seed3 is 3 in the suite and 4" in str(report.findings)
+
+
+def test_a_request_to_stop_reaches_the_member(tmp_path):
+    log = tmp_path / "train.log"
+    member = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: sys.exit('saved'))"
+    command = [sys.executable, "-c", f"{member}\nprint('ready', flush=True)\ntime.sleep(60)"]
+
+    def stop():
+        while "ready" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with open(log, "wb") as file:
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        assert running.run_command(command, file) in running.STOPPED
+        stopping.join()
+    assert log.read_text().split() == ["ready", "saved"]

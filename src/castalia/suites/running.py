@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import yaml
 
@@ -89,10 +89,7 @@ def train(member: Member) -> int:
     verb = "launch" if is_launched(member) else "train"
     command = [sys.executable, "-m", "castalia", verb, *member.words]
     with open(member.folder / LOG, "ab") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-        return waited(process)
+        return run_command(command, log)
 
 
 def is_launched(member: Member) -> bool:
@@ -102,23 +99,35 @@ def is_launched(member: Member) -> bool:
     return any(place is not None for place in places) or launch.launcher != "torchrun"
 
 
-def waited(process: "subprocess.Popen[bytes]") -> int:
-    """The exit status of a process; a request to stop reaches it, and it saves before it ends."""
-    passed_on = []
+def run_command(command: list[str], log: IO[bytes]) -> int:
+    """The exit status of a command; a request to stop reaches it, and it saves before it ends."""
+    asked: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: object) -> None:
-        passed_on.append(number)
+        asked.append(number)
         # A Ctrl-C of a terminal has reached the process already; SIGTERM has not.
         if number == signal.SIGTERM:
-            process.send_signal(number)
+            for process in running:
+                process.send_signal(number)
 
+    # Before it begins: a request in between would end this process and leave the other.
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = process.wait()
+        code = 0
+        if not asked:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+            running.append(process)
+            if signal.SIGTERM in asked:
+                # Asked while it began.
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return -passed_on[0] if passed_on else code
+    return -asked[0] if asked else code
 
 
 def state_of(member: Member) -> RunState | None:
