@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.terminal.flags import CONFIG, AsJson, grouped, panel
+from castalia.terminal.flags import CONFIG, AsJson, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.stream.batches import Written
@@ -137,7 +137,7 @@ def batches(
     from castalia.stream.opening import open_stream
     from castalia.stream.viewing import parse_steps
 
-    stream = open_stream(words, lambda text: typer.echo(text, err=True))
+    stream = open_stream(words, note)
     chosen = parse_steps(str(steps), stream.sizes, stream.steps)
     stream.check_steps(chosen.first, chosen.stop, planned=flags.planned)
     run(stream, range(chosen.first, chosen.stop), flags, as_json)

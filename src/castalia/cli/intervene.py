@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson
+from castalia.terminal.flags import AsJson, note
 
 if TYPE_CHECKING:
     from castalia.interventions.report import Report
@@ -83,10 +83,10 @@ def intervene(
         require_allowed(branch)
         # The lines of training are notes beside a JSON value.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            result = train_branch(branch, lambda text: typer.echo(text))
+            result = train_branch(branch, typer.echo)
         print_result(result, as_json)
         return
-    _, rows = rows_as_trained(planned, lambda text: typer.echo(text, err=True))
+    _, rows = rows_as_trained(planned, note)
     report = reported(rows, branch, steps, examples)
     if as_json:
         facts = {"at": branch.at, "checkpoint": branch.checkpoint, "name": branch.name}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.memorization.job import Job
@@ -135,7 +135,7 @@ def finished(scans: "Sequence[Job]", processes: int, as_json: bool) -> Iterator[
     from castalia.memorization.scan import scan
 
     for job in scans:
-        for summary in scan(job, processes, say):
+        for summary in scan(job, processes, note):
             line = {"model": job.name, "output": str(job.output), **summary._asdict()}
             if not as_json:
                 echo_on_first(text_of(line))
@@ -148,11 +148,6 @@ def echo_on_first(text: str) -> None:
 
     if environment()[0] == 0:
         typer.echo(text)
-
-
-def say(text: str) -> None:
-    """A line about the progress; standard output is for the numbers."""
-    typer.echo(text, err=True)
 
 
 def text_of(line: dict[str, object]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.data.indexed import IndexedDataset
@@ -98,7 +98,7 @@ def trace(
 
     run, text, ids = asked(words, search.ids)
     check_next(search, answer)
-    stream = open_stream(run, lambda line: typer.echo(line, err=True))
+    stream = open_stream(run, note)
     if answer.next_ids is not None:
         show_next(stream, text, ids, answer.next_ids, search.index_folder, as_json)
         return

@@ -8,7 +8,7 @@ import typer
 
 from castalia.cli.runs import USUAL
 from castalia.cli.serve import HERE, listening
-from castalia.terminal.flags import panel
+from castalia.terminal.flags import note, panel
 
 if TYPE_CHECKING:
     from castalia.analysis.live.readers import OpenRows
@@ -106,7 +106,7 @@ def open_rows(folder: Path) -> "OpenRows":
         place = Path(config.output) / "data"
         if find_corpus(corpus, place) is None:
             raise DataError(f"the corpus {corpus} of this run is not in {place}")
-    config, rows = rows_as_trained(config, lambda text: typer.echo(text, err=True))
+    config, rows = rows_as_trained(config, note)
     tokenizer = None
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)

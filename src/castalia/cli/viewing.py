@@ -7,7 +7,7 @@ import typer
 
 from castalia.cli.batches import batches
 from castalia.cli.data import RUNS, Output, app, print_record
-from castalia.terminal.flags import AsJson, Config, Overwrite
+from castalia.terminal.flags import AsJson, Config, Overwrite, note
 
 StepRange = Annotated[
     str,
@@ -51,7 +51,7 @@ def materialize(
     from castalia.stream.viewing import parse_steps
     from castalia.terminal.progress import bytes_progress
 
-    stream = open_stream(config, lambda text: typer.echo(text, err=True))
+    stream = open_stream(config, note)
     rows = stream.rows
     chosen = parse_steps(steps, stream.sizes, stream.steps)
     stream.check_steps(chosen.first, chosen.stop, planned=True)
