@@ -188,7 +188,9 @@ def words_by_hash(stems: Sequence[Path], hashes: set[int]) -> dict[int, str]:
             ends = file["ends"]
             text = file["text"]
         place = np.searchsorted(known, wanted)
-        here = np.flatnonzero(np.append(known, 0)[place] == wanted)
+        # Behind the last one stands 0, the hash of no word; of its own dtype, for with another one
+        # numpy would compare floats.
+        here = np.flatnonzero(np.append(known, np.uint64(0))[place] == wanted)
         for number in here.tolist():
             at = int(place[number])
             begin = int(ends[at - 1]) if at else 0

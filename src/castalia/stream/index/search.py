@@ -27,6 +27,8 @@ AT_ONCE = 1 << 20
 """Continuations read at a time."""
 READ_TOKENS = 1 << 22
 """Tokens that a thread reads at a time."""
+SAMPLE_TOKENS = 1 << 18
+"""Tokens by which the rarest id of a text is chosen: a pass over them for each of its ids."""
 
 
 class Search(ABC):
@@ -193,7 +195,7 @@ class FileScan(Search):
         query = np.array(ids, np.int64)
         if not len(query) or query.min() < 0 or query.max() > np.iinfo(self.flat.dataset.dtype).max:
             return np.empty(0, np.int64)
-        anchor = rarest(self.flat.read(0, READ_TOKENS), query)
+        anchor = rarest(self.flat.read(0, SAMPLE_TOKENS), query)
 
         def find(first: int) -> Positions:
             # Each block sees as far behind its end as a match that begins in it may reach.
