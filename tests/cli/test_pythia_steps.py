@@ -111,7 +111,10 @@ def test_checksums(run, hub, tmp_path):
 
 def test_batches_0_to_1000(run, hub, tmp_path):
     code, out, err = run(f"{commands()[2]} train.batch_size={BATCH}")
-    assert (code, err) == (0, "") and len(out.splitlines()) == STEPS
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in lines[:-1]] == [f"step {i}" for i in range(20)]
+    assert lines[-1] == f"and {STEPS - 20} more steps; --verify compares their hashes"
     found = np.load(tmp_path / "indicies.npy")
     assert found.dtype == np.uint16 and found.shape == (BATCH * STEPS, 2049)
     assert np.array_equal(found, hub[1][: BATCH * STEPS])

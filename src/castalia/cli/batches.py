@@ -153,8 +153,9 @@ def as_ours(
     if old.conf_dir is not None:
         words = [old.conf_dir, *words]
     if old.load_path is not None:
-        named = words if any("=" not in word for word in words) else [PYTHIA, *words]
-        words = [*named, f"data.train={old.load_path}", "data.order=file"]
+        if all("=" in word for word in words):
+            words = [PYTHIA, *words]
+        words = [*words, f"data.train={old.load_path}", "data.order=file"]
     if old.start_iteration is not None or old.end_iteration is not None:
         stop = ""
         if old.end_iteration is not None:

@@ -180,10 +180,12 @@ def count(
 
     asked = what.asked(found)
     counts = counted(open_stream(config, note), asked, steps, top, jobs)
+    # Terms alone stay in the order of their file; n-grams come in their own order, in which equal
+    # counts follow the keys.
     shown = list(range(len(counts.labels)))
-    if what.terms is None or what.pairs_within is not None or top is not None:
-        # n-grams come in their order, in which equal counts follow the keys.
-        shown = shown if what.ngrams is not None else most_first(counts)[:top]
+    by_file = what.terms is not None and what.pairs_within is None and top is None
+    if not by_file and what.ngrams is None:
+        shown = most_first(counts)[:top]
     record = json.dumps(json_of(counts, shown), ensure_ascii=False)
     if output is not None:
         with atomic_write(output) as file:
@@ -191,7 +193,9 @@ def count(
     if as_json:
         typer.echo(record)
     elif output is None:
-        typer.echo(as_text(counts, shown if what.terms or top else shown[:SHOWN]))
+        if what.terms is None and top is None:
+            shown = shown[:SHOWN]
+        typer.echo(as_text(counts, shown))
 
 
 def counted(

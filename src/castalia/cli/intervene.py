@@ -2,14 +2,12 @@
 that is trained with it."""
 
 import json
-import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson, note
+from castalia.terminal.flags import AsJson, note, notes_aside
 
 if TYPE_CHECKING:
     from castalia.interventions.report import Report
@@ -81,8 +79,7 @@ def intervene(
     require_files(planned, Path(planned.output))
     if train:
         require_allowed(branch)
-        # The lines of training are notes beside a JSON value.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with notes_aside(as_json):
             result = train_branch(branch, typer.echo)
         print_result(result, as_json)
         return

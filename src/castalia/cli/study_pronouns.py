@@ -1,14 +1,12 @@
 """`castalia study pronouns`: the end of a run with other pronouns."""
 
 import json
-import sys
-from contextlib import nullcontext, redirect_stdout
 from typing import Annotated
 
 import typer
 
 from castalia.cli.study import app
-from castalia.terminal.flags import AsJson
+from castalia.terminal.flags import AsJson, notes_aside
 
 Paths = Annotated[
     list[str], typer.Argument(metavar="RUN|SUITE...", help="Runs, and folders of runs.")
@@ -41,8 +39,7 @@ def pronouns(paths: Paths, output: Output, at: At = "93%,79%", as_json: AsJson =
     from castalia.studies.pronouns import pronouns as study
 
     shares = [share.strip() for share in at.split(",")]
-    # The lines of training are notes beside a JSON value.
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with notes_aside(as_json):
         record = study(paths, shares, Path(output), typer.echo)
     if as_json:
         typer.echo(json.dumps(record))

@@ -168,7 +168,9 @@ def begun(section: Values, step: int, total: int) -> Values:
     if isinstance(start, str) and SHARE.fullmatch(start):
         start = as_step(start, total)
     # Of anything but a number the check of the config has something to say.
-    return {**section, "start": max(step, start) if isinstance(start, int) else start}
+    if isinstance(start, int):
+        start = max(step, start)
+    return {**section, "start": start}
 
 
 def checkpoint_at(folder: Path, step: int) -> int:

@@ -149,6 +149,7 @@ def with_overrides(config: SuiteConfig, words: Sequence[str]) -> SuiteConfig:
             raise ConfigError(f"{word!r}: after the suite come overrides such as train.steps=20")
         override = parse_override(word)
         if "output" in override:
+            # The suite's folder: those of the members are in it.
             values["output"] = override["output"]
         else:
             values["set"] = flatten(values["set"]) | flatten(override)
@@ -163,6 +164,13 @@ def seed_name(seed: Seed) -> str:
     return "-".join(f"{name}{value}" for name, value in parts.items() if value is not None)
 
 
+def words_in(asked: str | Sequence[int | str]) -> list[str]:
+    """The words of a list as a command line has it, `70m,160m`, or as Python does."""
+    if isinstance(asked, str):
+        asked = asked.split(",")
+    return [str(word).strip() for word in asked]
+
+
 def chosen_seeds(config: SuiteConfig, asked: str | Sequence[int | str] | None) -> list[Seed]:
     """The seeds of the suite that are asked for.
 
@@ -171,10 +179,8 @@ def chosen_seeds(config: SuiteConfig, asked: str | Sequence[int | str] | None) -
     if asked is None:
         return list(config.seeds)
     by_name = {seed_name(seed): seed for seed in [*config.seeds, *config.extra_seeds]}
-    wanted = asked.split(",") if isinstance(asked, str) else [str(seed) for seed in asked]
     found = []
-    for word in wanted:
-        word = word.strip()
+    for word in words_in(asked):
         name = f"seed{word}" if word.isdecimal() else word
         if name not in by_name:
             raise ConfigError(
@@ -193,7 +199,7 @@ def chosen(members: list[Member], only: str | Sequence[str] | None, suite: str) 
     """
     if only is None:
         return members
-    words = [word.strip() for word in (only.split(",") if isinstance(only, str) else only)]
+    words = words_in(only)
     sizes = {member.size for member in members}
     variants = {member.data for member in members}
     names = {member.name for member in members}

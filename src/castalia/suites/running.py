@@ -62,6 +62,7 @@ def run_suite(suite: Suite, say: Say = print) -> list[Outcome]:
         code = train(member)
         state = state_of(member)
         finished = state is not None and is_done(member, state)
+        # Training that saves at a request to stop ends with 0, before its last step.
         if code in STOPPED or (code == 0 and not finished):
             raise TrainingError(
                 f"{member.name} was stopped; the same command goes on with it, and"

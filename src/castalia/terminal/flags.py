@@ -4,7 +4,9 @@ A group is a dataclass as a parameter of a verb: each of its fields is an option
 """
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -63,6 +65,16 @@ Overwrite = Annotated[
 def note(text: str) -> None:
     """A line beside what a verb prints."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def notes_aside(as_json: bool) -> Iterator[None]:
+    """Let what the block prints, such as the lines of a training, be notes beside a JSON value."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def panel(title: str) -> Callable[..., Any]:

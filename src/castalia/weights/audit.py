@@ -185,6 +185,7 @@ def may_share(one: Model, revision: Revision, other: Model, its: Revision) -> bo
     """Whether checkpoints of two models may be equal: their start weights, and twins."""
     configs = (one.still.config, other.still.config)
     seeds = [(c.start_seed, c.order_seed) for c in configs if c is not None]
+    # Equal where both may still be their own step 0: two models may begin alike.
     start = Revision("step0", 0, revision.folder)
     begins = one.still.allows(start, revision) and other.still.allows(start, its)
     if len(seeds) < 2:

@@ -20,6 +20,7 @@ def hash_findings(series: Series, listed: Mapping[str, str]) -> Iterator[Finding
     for name, digest in listed.items():
         path = series.folder / name
         around = series.folder.parent / name
+        # A list of many models is made around their folders, and each name begins with one.
         if name.partition("/")[0] == series.folder.name:
             path = around
         own[path] = digest

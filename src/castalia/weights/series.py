@@ -156,6 +156,7 @@ def series_in(paths: Sequence[str]) -> list[Series]:
                 f" one model, or a folder of these{remedy(Path(path))}"
             )
         for series in members:
+            # A model that two paths name is not a copy of another one.
             found.setdefault(series.folder.resolve(), series)
     return distinct(list(found.values()))
 

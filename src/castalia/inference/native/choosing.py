@@ -55,6 +55,7 @@ class Screen(NamedTuple):
 
 def screen_of(head: Packed, tokens: int) -> Screen | None:
     """The screen of a head of float32; None where it would save nothing."""
+    # Other storages are rounded already, and int8 products take whole cells of inputs.
     if head.storage != "fp32" or tokens < LEAST_TOKENS or head.inputs % CELLS["int8"]:
         return None
     rows = dense(head)[:tokens].contiguous()

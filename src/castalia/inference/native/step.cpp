@@ -1000,6 +1000,7 @@ static double error_of(const Choice &c, const Input &in, int64_t row) {
         norm += x * x;
         rest += difference * difference;
     }
+    // The factor is for what becomes float32 later; the rounding of logits is far below `near`.
     return (std::sqrt(norm) * c.weight_error + std::sqrt(rest) * c.weight_norm) * 1.0001;
 }
 
@@ -1072,6 +1073,7 @@ static void choose(const Model &m, const Choice &c, int64_t rows, const Input &i
     int64_t part = (rows + threads - 1) / threads, start = omp_get_thread_num() * part;
     int64_t end = std::min(start + part, rows);
     if (start >= end) return;
+    // A loss is over all logits, so bounds would save nothing.
     if (c.label || !c.screen) return choose_fully(m, c, in, start, end);
     for (int64_t i = start; i < end; i++) quantize_row(screened, i, INT8);
     choose_screened(m, c, in, screened, start, end);

@@ -164,6 +164,7 @@ def contents_of(path: Path) -> Contents:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not lines:
         raise DataError(f"{path} has no row; scan a checkpoint that has seen rows")
+    # Least and greatest prompt and continuation of each checkpoint: all of them must be equal.
     lengths = {line[5:9] for line in lines}
     prompt, last_prompt, continuation, last_continuation = lines[0][5:9]
     if len(lengths) > 1 or prompt != last_prompt or continuation != last_continuation:

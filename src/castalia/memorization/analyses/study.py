@@ -88,6 +88,7 @@ class Sums:
     def add(self, part: Part) -> None:
         """Add consecutive places."""
         levels = self.levels
+        # Shares compare models only over the rows that each of them has seen.
         complete = np.ones(len(part.columns[0]), bool)
         for codes in part.columns:
             complete &= codes > 0
