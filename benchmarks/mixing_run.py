@@ -17,9 +17,9 @@ from castalia.corpora.build import CorpusPaths
 from castalia.data.indexed import IndexedDataset
 from castalia.distributed import initialize
 from castalia.distributed.gradients import clip_gradients, gradient_norm
+from castalia.losses.cross_entropy import fused_cross_entropy
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, NeoxConfig
-from castalia.models.cross_entropy import fused_cross_entropy
 from castalia.models.families import family_of
 from castalia.models.init import start_weights
 from castalia.optim import AdamWConfig, Rules

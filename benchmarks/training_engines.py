@@ -118,7 +118,7 @@ class Castalia(Engine):
         Attention and MLP, each with its norm, are then timed uncompiled, which divides the time of
         the blocks in proportion.
         """
-        from castalia.models.cross_entropy import fused_cross_entropy
+        from castalia.losses.cross_entropy import fused_cross_entropy
 
         context = self.model.context(self.tokens, None, None, None)
         layers = self.model.layers

@@ -10,38 +10,40 @@ FLOORS = {
     "tokenizers": 1,  # read by `data` and by whatever has text
     "data": 2,
     "mixing": 2,
-    "models": 2,
     "distributed": 2,
+    "experts": 2,  # one layer and its routing; takes sizes, knows no model
+    "recurrent": 2,  # mixers with a state; take sizes, know no model
     "launch": 2,
     "monitor": 2,
     "results": 2,  # one table, written by `eval` and read by `analysis`
-    "checkpoint": 3,
-    "corpus": 3,
-    "cost": 3,
-    "losses": 3,  # sums over a batch; know the model, not the loop
-    "optim": 3,  # optimizers and schedules; know parameters by name, not the loop
-    "adapters": 3,  # modules over a model; under `formats`, which merges them into its weights
-    "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
-    "formats": 4,  # other programs' files; `checkpoint` is our own store
-    "interventions": 4,  # changes rows of `data`, by the document index of `corpus`
-    "curate": 4,  # reads documents with the readers of `corpus`
-    "inference": 5,
-    "eval": 6,  # below `train`, whose hook evaluates while it trains
-    "export": 6,
-    "rollouts": 6,  # texts that the model in training writes, and their rewards; below `train`
-    "runs": 7,  # what a run is before and after the loop: config, folder, rows
-    "train": 8,
-    "serve": 9,
-    "recipes": 9,  # presets as data; the demo starts from one
-    "stream": 10,  # the rows that steps read, by words of a user, which `recipes` resolves
-    "weights": 10,
-    "memorization": 11,  # completes rows of the stream
-    "analysis": 12,  # pages that show what the rooms below measure
-    "suites": 13,
-    "studies": 14,  # whole experiments, often over a suite: runs, measurements, a picture
-    "demo": 14,
-    "terminal": 15,  # options, hints and progress, which the verbs share
-    "cli": 16,
+    "models": 3,
+    "checkpoint": 4,
+    "corpus": 4,
+    "cost": 4,
+    "losses": 4,  # sums over a batch; know the model, not the loop
+    "optim": 4,  # optimizers and schedules; know parameters by name, not the loop
+    "adapters": 4,  # modules over a model; under `formats`, which merges them into its weights
+    "corpora": 5,  # built with `corpus.prepare`, and by `train` for a config that names one
+    "formats": 5,  # other programs' files; `checkpoint` is our own store
+    "interventions": 5,  # changes rows of `data`, by the document index of `corpus`
+    "curate": 5,  # reads documents with the readers of `corpus`
+    "inference": 6,
+    "eval": 7,  # below `train`, whose hook evaluates while it trains
+    "export": 7,
+    "rollouts": 7,  # texts that the model in training writes, and their rewards; below `train`
+    "runs": 8,  # what a run is before and after the loop: config, folder, rows
+    "train": 9,
+    "serve": 10,
+    "recipes": 10,  # presets as data; the demo starts from one
+    "stream": 11,  # the rows that steps read, by words of a user, which `recipes` resolves
+    "weights": 11,
+    "memorization": 12,  # completes rows of the stream
+    "analysis": 13,  # pages that show what the rooms below measure
+    "suites": 14,
+    "studies": 15,  # whole experiments, often over a suite: runs, measurements, a picture
+    "demo": 15,
+    "terminal": 16,  # options, hints and progress, which the verbs share
+    "cli": 17,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the

@@ -153,6 +153,7 @@ def test_a_run_folder_with_the_name_of_a_preset(begun, monkeypatch):
 
 
 NO_PATHS = {
+    "model.pattern",
     "recipe",
     "adapter.init_string",
     "adapter.kind",

@@ -36,7 +36,8 @@ from castalia.models import (
     flops_per_token,
     parameter_counts,
 )
-from castalia.models.families.base import Costs, Family, Stored
+from castalia.models.costs import Costs, Stored
+from castalia.models.families.base import Family
 from castalia.models.init import start_weights
 from castalia.models.starts import ONES, ZEROS, Normal, Start
 from castalia.monitor import read_metrics

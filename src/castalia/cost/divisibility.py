@@ -1,15 +1,15 @@
 """Whether a model fits a layout, checked on the config before any rank starts."""
 
 from castalia.distributed.config import ParallelConfig
-from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
+from castalia.models.model_config import ModelConfig
 
 
 def layout_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> list[str]:
     """One sentence for each size of the model that the degrees of `parallel` do not divide."""
     family = family_of(model)
     problems = family.divides(model, parallel) + vocabulary_problems(model, parallel.tp)
-    if parallel.cp > 1 and not family.splits_rows:
+    if parallel.cp > 1 and not family.can_split_rows(model):
         problems.append(
             f"model.family {family.name} reads each row from its beginning, so"
             f" parallel.cp={parallel.cp} ranks cannot share one; set parallel.cp=1"

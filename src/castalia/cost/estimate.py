@@ -35,9 +35,8 @@ from typing import NamedTuple
 from castalia.core.ranks import world_size
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
-from castalia.models.config import ModelConfig
+from castalia.models.costs import Costs
 from castalia.models.families import family_of
-from castalia.models.families.base import Costs
 from castalia.models.flops import (
     ParameterCounts,
     embedding_parameters,
@@ -47,6 +46,7 @@ from castalia.models.flops import (
     matmul_parameters,
     parameter_counts,
 )
+from castalia.models.model_config import ModelConfig
 from castalia.models.tiles import KEEP, QUERIES, kind_of, logits_rows
 
 QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 / 32}

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from castalia.distributed.config import ParallelConfig
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 
 class Workload(NamedTuple):

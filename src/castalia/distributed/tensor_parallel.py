@@ -182,7 +182,7 @@ head      the output matrix split by tokens of the vocabulary; the loss uses it
 
 @dataclass(frozen=True)
 class VocabPart:
-    """The tokens of the vocabulary that this rank holds; see castalia.models.cross_entropy."""
+    """The tokens of the vocabulary that this rank holds; see castalia.losses.cross_entropy."""
 
     first: int
     count: int

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from castalia.losses.cross_entropy import fused_cross_entropy
 from castalia.models import Decoder
-from castalia.models.cross_entropy import fused_cross_entropy
 
 TokensAndLabels = tuple[Tensor, Tensor]
 """Tokens and labels, both (B, T) int64; labels of -100 do not count."""

@@ -25,7 +25,7 @@ from castalia.inference.engine import Engine
 from castalia.inference.rewards import scores_after_each
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import parameter_counts
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 FILE = "certificate.json"
 LENGTHS = (1, 3, 16, 64, 64)

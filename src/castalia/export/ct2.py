@@ -20,7 +20,8 @@ from castalia.export.part_rules import (
     parts_of,
     plain_norms,
 )
-from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
 from castalia.inference.exported import ExportFolder
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 
 class Format(ABC):

@@ -31,7 +31,8 @@ from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.gguf_architectures import refusal
 from castalia.inference.native.packing import CELLS, STORAGES
 from castalia.inference.native.weights import packed_weights, save_weights
-from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.model_config import ModelConfig
 from castalia.models.windows import window, within_window, without_idle_window
 from castalia.tokenizers.settings import (
     DEFAULT,

@@ -16,7 +16,8 @@ from torch import Tensor
 from castalia.export.gguf_model import POSITIONS, gguf_tensors, shape_values, with_heads_apart
 from castalia.export.gguf_values import STRING, UINT32, write_string, write_value
 from castalia.export.gguf_vocabulary import vocabulary_values
-from castalia.models.config import ModelConfig, require_transformer
+from castalia.models.config import require_transformer
+from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from castalia.formats.adapted import weights_hash
 from castalia.formats.additions import module_map
 from castalia.formats.peft import write_peft
 from castalia.formats.saved_model import SavedModel
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 
 def peft_notes(source: SavedModel) -> list[str]:

@@ -17,7 +17,7 @@ from castalia.core.registry import Registry
 from castalia.formats.gguf import find_gguf, read_gguf
 from castalia.formats.meta import is_meta_folder, read_meta
 from castalia.formats.neox import find_neox, read_neox, step_of
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 

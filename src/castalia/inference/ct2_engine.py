@@ -18,7 +18,8 @@ from castalia.formats.saved_model import TOKENIZER
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import ExportFolder
 from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_windows, patterned
-from castalia.models.config import ModelConfig, require_transformer
+from castalia.models.config import require_transformer
+from castalia.models.model_config import ModelConfig
 from castalia.models.parts.frequencies import yarn_factor
 from castalia.models.windows import window
 from castalia.tokenizers.tokenizer import Tokenizer

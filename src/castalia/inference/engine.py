@@ -17,7 +17,7 @@ from castalia.core.extras import require
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.implements import Values, unimplemented
 from castalia.models import Decoder, parameter_counts
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from castalia.inference.exported import ExportFolder

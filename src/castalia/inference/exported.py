@@ -7,8 +7,8 @@ from typing import Any
 
 from castalia.core.errors import CheckpointError
 from castalia.formats.saved_model import TOKENIZER
-from castalia.models.config import ModelConfig
 from castalia.models.families import build_model_config
+from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 

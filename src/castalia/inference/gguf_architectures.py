@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from castalia.inference.implements import ATTENTION, SIZES, Values, patterned, unimplemented
-from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.model_config import ModelConfig
 from castalia.models.windows import window
 
 ROTARY: dict[str, Values] = {

@@ -14,7 +14,7 @@ from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.gguf_architectures import refusal
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 TOKENS_AT_ONCE = 512
 """Tokens of one call of llama_decode, llama.cpp's own default batch."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.inference.torch_engine import device_of, hidden_of, padded
 from castalia.models import Decoder
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 ROW_TOKENS = 8192
 """Tokens of one pass, padding included."""

@@ -180,7 +180,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 def model_slots(model: Decoder, count: int, length: int, dtype: torch.dtype) -> Slots:
     """Slots for a model whose activations have `dtype`, of the kind that its state allows."""
     # Asked of a state, not of the family: one layer of another kind decides for the whole model.
-    kind = TorchSlots if model.family.rewinds else SeparateSlots
+    kind = TorchSlots if model.family.can_rewind(model.config) else SeparateSlots
     return kind(model, count, length, dtype)
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from castalia.data.batch import Batch
 from castalia.data.labels import IGNORED
+from castalia.losses.cross_entropy import fused_cross_entropy
+from castalia.losses.divergence import Head, divergence
 from castalia.models import Decoder
-from castalia.models.cross_entropy import fused_cross_entropy
-from castalia.models.divergence import Head, divergence
 
 
 class Scored:

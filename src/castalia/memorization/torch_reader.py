@@ -17,7 +17,7 @@ class TorchReader(Reader):
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
-        self.rewinds = model.family.rewinds
+        self.rewinds = model.family.can_rewind(model.config)
         self.rows_at_once = 128 if model.head_weight.is_cpu else 1024
         self.state: ModelState | None = None
 

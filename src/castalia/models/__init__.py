@@ -7,10 +7,11 @@ What needs torch is imported when it is asked for, so that a config alone stays 
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.models.config import ModelConfig, TransformerConfig
+from castalia.models.config import TransformerConfig
 from castalia.models.families import FAMILIES, build_model_config, family_of
 from castalia.models.families.neox import NeoxConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, parameter_counts
+from castalia.models.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from castalia.models.block import Block

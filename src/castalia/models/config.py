@@ -1,28 +1,23 @@
-"""Configs that all model families share: any decoder, and any transformer. Names are GPT-NeoX's."""
+"""The config that all families of attention and MLP blocks share. Names are GPT-NeoX's."""
 
 import math
-from copy import copy
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
-from castalia.config.base import Config
-from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
-from castalia.models.mup import MupConfig
+from castalia.experts.config import MoeConfig
+from castalia.models.kinds.base import ATTENTION
+from castalia.models.model_config import BlocksConfig, ModelConfig
 from castalia.models.problems import option_problems, size_problems
 from castalia.models.scaling import RopeScaling
 from castalia.models.sparsity import SparseKind, SparsityConfig
-from castalia.models.starts import Init
 
 Plain = Literal["gelu", "gelu_tanh", "relu", "relu2", "softsign", "swish", "silu", "mish"]
 Gated = Literal["geglu", "geglu_tanh", "reglu", "swiglu", "bilinear", "glu"]
@@ -34,119 +29,8 @@ MOST_PADDING = 1024
 Published models pad by less than 2%: Phi-2 has 905 such rows of 51,200."""
 AttentionKind = Literal["global", "sliding"] | SparseKind
 
-START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
-"""Fields that say where weights come from, with their defaults; they are no part of the model."""
-UNSET = (*START, "mup")
-"""Fields that a file has only where they are set."""
 
-
-class ModelConfig(Config):
-    """One decoder-only language model; its family's class adds the shape of the blocks."""
-
-    family: str
-    """Name of the model family, which decides what a block is; see castalia.models.families."""
-    num_layers: PositiveInt
-    """Number of blocks."""
-    hidden_size: PositiveInt
-    """Width of the residual stream."""
-    vocab_size: PositiveInt
-    """Ids that the tokenizer can produce."""
-    make_vocab_size_divisible_by: PositiveInt = 128
-    """The embedding has the smallest multiple of this number of rows that holds vocab_size."""
-    max_position_embeddings: PositiveInt = 2048
-    """Longest sequence, in tokens, that the model is meant for."""
-    tie_word_embeddings: bool = False
-    """Use the embedding matrix as the output head too."""
-    head: Literal["vocab", "score"] = "vocab"
-    """What the output head computes: vocab, the logits of the next token; score, one number for a
-    text, which makes a reward model."""
-    embedding_multiplier: PositiveFloat = 1.0
-    """Factor of the embedding."""
-    output_multiplier: PositiveFloat = 1.0
-    """Factor of the logits."""
-    mup: MupConfig | None = None
-    """Start values, factors and learning rates by width, so that the best learning rate is that of
-    a narrow model: maximal update parametrization; null is the standard one."""
-    start: Annotated[str | None, AT_RESUME] = None
-    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, OWNER/NAME
-    of its hub, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats; null draws
-    them."""
-    start_missing: Annotated[tuple[str, ...], AT_RESUME] = ()
-    """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
-    start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None
-    """Where `start` has another vocabulary: pad draws the rows of new ids, cut drops surplus rows;
-    null refuses it."""
-
-    FREE_AT_START: ClassVar[frozenset[str]] = frozenset(
-        {"vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"}
-    )
-    """Fields that may differ from those of the model in `start`, since they change neither the
-    shape of a weight nor its use. The vocabulary has a comparison of its own."""
-    ARITHMETIC: ClassVar[frozenset[str]] = frozenset()
-    """Fields that may differ too, but with a note: they change the numbers slightly."""
-
-    @property
-    def drops(self) -> bool:
-        """Whether training drops activations, for which the loop then hands out draws."""
-        return False
-
-    @property
-    def tied_head(self) -> bool:
-        """Whether the output matrix is the embedding; a reward model has no output matrix."""
-        return self.tie_word_embeddings and self.head == "vocab"
-
-    @property
-    def width_ratio(self) -> float:
-        """The width as a multiple of μP's base; 1 without μP."""
-        return 1.0 if self.mup is None else self.hidden_size / self.mup.base_width
-
-    @property
-    def embedding_factor(self) -> float:
-        """What the embedding is multiplied with."""
-        own = 1.0 if self.mup is None else self.mup.embedding_mult
-        return self.embedding_multiplier * own
-
-    @property
-    def output_factor(self) -> float:
-        """What the hidden states before the head are multiplied with."""
-        own = 1.0 if self.mup is None else self.mup.output_mult / self.width_ratio
-        return self.output_multiplier * own
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up."""
-        # Multiples of 128 fill the tiles of the head's products and divide among tp ranks.
-        unit = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // unit) * unit
-
-    def weights_shape(self) -> dict[str, Any]:
-        """The fields that decide which weights the model has and how it uses them."""
-        free = {*self.FREE_AT_START, *self.ARITHMETIC, *START}
-        return self.model_dump(mode="json", exclude=free)
-
-    def without_start(self) -> "ModelConfig":
-        """The model alone, wherever its weights come from."""
-        return self.model_copy(update=START)
-
-    @model_serializer(mode="wrap")
-    def serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All fields; those of the start and of μP only if set, which keeps them out of exports."""
-        values: dict[str, Any] = handler(self)
-        unset = [name for name in UNSET if not values.get(name)]
-        return {name: value for name, value in values.items() if name not in unset}
-
-    def facts(self) -> dict[str, str]:
-        """The shape in words, for model cards."""
-        return {
-            "family": self.family,
-            "layers": str(self.num_layers),
-            "width": str(self.hidden_size),
-            "vocabulary": f"{self.vocab_size:,} tokens in {self.padded_vocab_size:,} rows",
-            "context": f"{self.max_position_embeddings:,} tokens",
-        }
-
-
-class TransformerConfig(ModelConfig):
+class TransformerConfig(BlocksConfig):
     """A decoder of attention and MLP blocks: the options that an engine must compute.
 
     The defaults here are those of no family: each family's class sets its own. An engine that does
@@ -177,12 +61,6 @@ class TransformerConfig(ModelConfig):
     """Norm of queries and keys: head, over each head with one weight for all (Qwen 3); width, over
     all heads together (OLMo 2); neox, over all heads together with one weight for both
     (use_qk_layernorm of GPT-NeoX)."""
-    norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"] = "layernorm"
-    """Norm before each part of a block, and before the head."""
-    layernorm_epsilon: PositiveFloat = 1e-5
-    """Epsilon of every norm: added to the variance or mean square; of scalenorm the least norm."""
-    rmsnorm_partial: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the dimensions that rmsnorm's mean square is taken of; null means all."""
     norm_placement: Literal["pre", "post"] = "pre"
     """pre: x + attn(norm1 x), then x + mlp(norm2 x). post: x + norm1(attn x), then x + norm2(mlp x)
     (OLMo 2)."""
@@ -228,37 +106,22 @@ class TransformerConfig(ModelConfig):
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the attention probabilities that training drops. Above 0 attention keeps all of
     them, which takes memory with the square of seq_length."""
-    init_method: Init = "normal"
-    """Distribution of embedding, head, QKV and MLP-in weights at the start."""
-    output_layer_init_method: Init = "scaled_normal"
-    """Distribution of attention-out and MLP-out weights at the start."""
-    init_method_std: NonNegativeFloat = 0.02
-    """Standard deviation that normal and scaled_normal use."""
 
-    FREE_AT_START: ClassVar[frozenset[str]] = ModelConfig.FREE_AT_START | {
-        "init_method",
-        "output_layer_init_method",
-        "init_method_std",
+    moe: MoeConfig | None = None
+    """Several MLPs in a layer, of which each token uses a few; null means one."""
+    pattern: tuple[str, ...] | None = None
+    """Kind of each layer, repeated to num_layers: attention, or mamba, mamba2, rwkv6, rwkv7, gmlp
+    or amlp. null means attention in all."""
+
+    FREE_AT_START: ClassVar[frozenset[str]] = BlocksConfig.FREE_AT_START | {
         "hidden_dropout",
         "attention_dropout",
     }
     # Published Pythia folders say gelu, though their models were trained with gelu_tanh, and no
     # Hugging Face config names the arithmetic of the tables.
     ARITHMETIC: ClassVar[frozenset[str]] = frozenset({"activation", "rope_numerics"})
-    DEFAULTS: ClassVar[dict[str, Any]] = {}
-    """The defaults in which a family's class differs from this one."""
     FUSED_QKV: ClassVar[bool] = False
     """Whether queries, keys and values of as many heads are one matrix, in GPT-NeoX's order."""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Give a family's class its defaults; type and text of the options stand here once."""
-        super().__pydantic_init_subclass__(**options)
-        for name, value in cls.DEFAULTS.items():
-            field = copy(cls.model_fields[name])
-            field.default = value
-            cls.model_fields[name] = field
-        cls.model_rebuild(force=True)
 
     @property
     def gated(self) -> bool:
@@ -332,6 +195,22 @@ class TransformerConfig(ModelConfig):
         """The kinds of attention of all layers, each once."""
         kinds = [self.layer_kind(layer) for layer in range(self.num_layers)]
         return tuple(dict.fromkeys(kinds))
+
+    def block_kind(self, layer: int) -> str:
+        """The kind of the layer at place `layer`, a name in KINDS or `attention`."""
+        return ATTENTION if self.pattern is None else self.pattern[layer % len(self.pattern)]
+
+    @property
+    def block_kinds(self) -> tuple[str, ...]:
+        """The kinds of all layers beside attention, each once."""
+        kinds = [self.block_kind(layer) for layer in range(self.num_layers)]
+        return tuple(kind for kind in dict.fromkeys(kinds) if kind != ATTENTION)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer at place `layer` has experts in place of one MLP."""
+        if self.moe is None or self.block_kind(layer) != ATTENTION:
+            return False
+        return layer % self.moe.interval == 0
 
     def facts(self) -> dict[str, str]:
         """The shape in words, for model cards."""

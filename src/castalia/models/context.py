@@ -30,6 +30,26 @@ class RowShare(Protocol):
         """A tensor of all ranks along `dim`, in the order of the row; differentiable."""
 
 
+class VocabShare(Protocol):
+    """The tokens of the vocabulary on this rank, and the reductions over the ranks of the others.
+
+    first  id of this rank's first token.
+    count  size of the whole padded vocabulary.
+    """
+
+    first: int
+    count: int
+
+    def local(self, weight: Tensor) -> Tensor:
+        """This rank's rows of the head's weight, as a plain tensor."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place and returned."""
+
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum over the ranks, in place and returned."""
+
+
 def alone(values: Tensor) -> Tensor:
     """The sum over the ranks of a rank that holds all heads."""
     return values

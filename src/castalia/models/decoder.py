@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from castalia.core.errors import ConfigError
 from castalia.models.block import Block
-from castalia.models.config import ModelConfig, TransformerConfig
-from castalia.models.context import Context, HeadShare, RowShare
-from castalia.models.cross_entropy import VocabShare
+from castalia.models.config import TransformerConfig
+from castalia.models.context import Context, HeadShare, RowShare, VocabShare
 from castalia.models.families import family_of
+from castalia.models.model_config import ModelConfig
 from castalia.models.parts.dropout import EMBEDDING, Draws, drop_hidden
 from castalia.models.parts.masks import row_positions
 from castalia.models.score import scores_of

@@ -3,9 +3,9 @@
 from functools import cache
 from typing import NamedTuple
 
-from castalia.models.config import ModelConfig
+from castalia.models.costs import Costs
 from castalia.models.families import family_of
-from castalia.models.families.base import Costs
+from castalia.models.model_config import ModelConfig
 
 
 class ParameterCounts(NamedTuple):

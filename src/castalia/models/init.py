@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
+from castalia.models.model_config import ModelConfig
 
 
 def start_weights(config: ModelConfig, seed: int) -> Callable[[str, Sequence[int]], Tensor]:

@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from castalia.core.errors import nearest
+from castalia.models.kinds.base import ATTENTION, KINDS
+from castalia.models.model_config import SECTIONS
+
 if TYPE_CHECKING:
     from castalia.models.config import TransformerConfig
 
@@ -39,6 +43,7 @@ def option_problems(config: "TransformerConfig") -> Iterator[str]:
     if config.rmsnorm_partial is not None and config.norm != "rmsnorm":
         yield f"rmsnorm_partial needs norm=rmsnorm, not {config.norm}"
     yield from position_problems(config)
+    yield from kind_problems(config)
     if config.attention_config == ():
         yield "attention_config has no kinds; write null, or one kind for each layer"
     if "sliding" in (config.attention_config or ()) and config.sliding_window is None:
@@ -72,3 +77,34 @@ def position_problems(config: "TransformerConfig") -> Iterator[str]:
         yield f"learned_offset needs pos_emb=learned, not {config.pos_emb}"
     if config.alibi_scaled and config.pos_emb != "alibi":
         yield f"alibi_scaled needs pos_emb=alibi, not {config.pos_emb}"
+
+
+def kind_problems(config: "TransformerConfig") -> Iterator[str]:
+    """Kinds of layers that do not exist, and sections of kinds that no layer has."""
+    if config.pattern == ():
+        yield "pattern has no kinds; write null, or one kind for each layer"
+        return
+    for name in dict.fromkeys(config.pattern or ()):
+        if name != ATTENTION and name not in KINDS:
+            names = (ATTENTION, *KINDS)
+            yield f"pattern has {name!r}; choose from {', '.join(names)}{nearest(name, names)}"
+            return
+    for name in SECTIONS:
+        if getattr(config, name) is not None and name not in config.block_kinds:
+            yield f"{name} is set, and no layer is of this kind; add it to pattern, or remove it"
+    for name in config.block_kinds:
+        yield from KINDS[name].problems(config)
+    yield from expert_problems(config)
+
+
+def expert_problems(config: "TransformerConfig") -> Iterator[str]:
+    """Options of experts that do not go together."""
+    moe = config.moe
+    if moe is None:
+        return
+    if moe.top_k > moe.experts:
+        yield f"moe.top_k {moe.top_k} is above moe.experts {moe.experts}; lower it"
+    if moe.shared_gate and not moe.shared_size:
+        yield "moe.shared_gate needs moe.shared_size, the width of the MLP for all tokens"
+    if not any(config.has_experts(layer) for layer in range(config.num_layers)):
+        yield "moe is set, and no layer is attention; add attention to pattern, or remove moe"

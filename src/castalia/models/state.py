@@ -97,6 +97,13 @@ class KVCache(LayerState):
         self.v[list(rows), :, :tokens] = other.v[:, :, :tokens]
 
 
+class RecurrentState(LayerState):
+    """What a recurrence remembers: tensors (B, ...) of a size that no token changes, by name."""
+
+    def __init__(self, **kept: Tensor) -> None:
+        self.kept = kept
+
+
 class ModelState:
     """The states of all layers, for `batch` rows of at most `max_length` tokens.
 

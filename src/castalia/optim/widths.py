@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
-from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
+from castalia.models.model_config import ModelConfig
 from castalia.optim.config import OPTIMIZERS, OptimConfig
 
 

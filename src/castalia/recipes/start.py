@@ -5,7 +5,7 @@ from typing import Any
 
 from castalia.config.values import Layers, Values, flatten, merge
 from castalia.core.errors import ConfigError
-from castalia.models.config import START
+from castalia.models.model_config import START
 
 LONGEST_ROW = 2048
 """Tokens of a row where the start's model would take more: longer ones cost memory, and few

@@ -22,7 +22,7 @@ from castalia.checkpoint.tensors import FileTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import read_json, write_json
 from castalia.models import Decoder
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDING = "embed.weight"

@@ -10,7 +10,8 @@ from castalia.checkpoint.hf.places import Places, rules_of
 from castalia.checkpoint.keymap import Join, KeyMap, Rule, Transform
 from castalia.config.base import build
 from castalia.core.errors import ConfigError
-from castalia.models.config import ModelConfig, TransformerConfig, require_vocabulary
+from castalia.models.config import TransformerConfig, require_vocabulary
+from castalia.models.model_config import ModelConfig
 
 
 class HfFormat(ABC):

@@ -14,7 +14,8 @@ from castalia.checkpoint.hf.qwen2 import Qwen2Format, Qwen3Format
 from castalia.checkpoint.hf.stablelm import StableLmFormat
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.models.config import ModelConfig, TransformerConfig
+from castalia.models.config import TransformerConfig
+from castalia.models.model_config import ModelConfig
 
 HF: Registry[HfFormat] = Registry("Hugging Face architecture")
 """Formats by transformers' `model_type`. A package of another family registers its own here."""

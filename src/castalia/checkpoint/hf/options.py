@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from castalia.checkpoint.hf.keys import shown
-from castalia.models.config import START, TransformerConfig
+from castalia.models.config import TransformerConfig
+from castalia.models.model_config import START
 
 Values = Collection[object] | None
 """Values of an option that can be expressed; None means any."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.tensors import StoredTensor, StoredTensors
-from castalia.models.config import ModelConfig, TransformerConfig
+from castalia.models.config import TransformerConfig
+from castalia.models.model_config import ModelConfig
 from castalia.models.parts.qkv import heads_apart
 
 FUSED = ".attn.qkv."

@@ -65,7 +65,7 @@ class DecoderReader(Reader):
         self.dtype = model.dtype
         self.device = device_of(self.decoder)
         self.one_length = follows_length(self.decoder)
-        self.copies = self.decoder.family.rewinds and not self.one_length
+        self.copies = self.decoder.family.can_rewind(self.decoder.config) and not self.one_length
         self.row_tokens = ROW_TOKENS.get(self.device.type, ROW_TOKENS_DEVICE)
         self.part_rows = PART_ROWS.get(self.device.type, PART_ROWS_DEVICE)
         self.whole: ModelState | None = None

@@ -15,7 +15,7 @@ from castalia.core.errors import ConfigError
 from castalia.eval.likelihoods.prefixes import Group, Section, Span, sections_of, separate
 from castalia.eval.likelihoods.readers import Reader, Rows, reader_of
 from castalia.inference.engine import Engine
-from castalia.models.config import ModelConfig
+from castalia.models.model_config import ModelConfig
 
 BLOCK = 128
 """Logits whose maximum is taken together; the vocabulary is padded to a multiple of it."""

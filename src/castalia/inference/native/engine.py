@@ -29,7 +29,8 @@ from castalia.inference.torch_engine import (
     model_logprobs,
     model_slots,
 )
-from castalia.models.config import ModelConfig, TransformerConfig
+from castalia.models.config import TransformerConfig
+from castalia.models.model_config import ModelConfig
 
 ROWS_AT_ONCE = 256
 """Tokens of prompts in one pass: enough for full speed of the products, and little memory."""

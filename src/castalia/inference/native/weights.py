@@ -28,8 +28,9 @@ from castalia.inference.native.packing import (
     part_of,
     require_storage,
 )
-from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer
 from castalia.models.families import build_model_config, family_of
+from castalia.models.model_config import ModelConfig
 from castalia.models.parts.rotary import rope_tables
 from castalia.models.quantizing import quantize_channels
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from castalia.config.base import build
 from castalia.core.registry import Registry
-from castalia.models.config import ModelConfig
 from castalia.models.families.base import Family
 from castalia.models.families.falcon import Falcon
 from castalia.models.families.gpt2 import Gpt2
@@ -20,6 +19,7 @@ from castalia.models.families.neox import Neox
 from castalia.models.families.olmo2 import Olmo2
 from castalia.models.families.palm import Palm
 from castalia.models.families.qwen2 import Qwen2
+from castalia.models.model_config import ModelConfig
 
 DEFAULT = "neox"
 """The family of a config that names none, as all did when there was one."""

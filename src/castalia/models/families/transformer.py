@@ -1,10 +1,14 @@
 """`Transformer`: what all families of attention and MLP blocks declare, out of their config."""
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from castalia.models.config import TransformerConfig
-from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
+from castalia.models.costs import Axes, Costs, Stored
+from castalia.models.families.base import Family, LinearPart, NormPart, Parts
+from castalia.models.kinds.base import ATTENTION, KINDS
+from castalia.models.model_config import BlocksConfig
 from castalia.models.sparsity import SAME, SPARSE, SparsityConfig
 from castalia.models.starts import ONES, ZEROS, Normal, Start, drawn
 
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from castalia.models.state import ModelState
 
 
+NO_DECAY = ("*bias", "*norm*.weight")
+
+
 class Transformer(Family):
     """A family of attention and MLP blocks; a member adds its name and the defaults of its config.
 
@@ -23,15 +30,30 @@ class Transformer(Family):
     of them.
     """
 
-    # As GPT-NeoX, megatron/model/utils.py: biases and norms keep their size.
-    no_decay = ("*bias", "*norm*.weight")
     rewinds = True
     splits_rows = True
 
+    @property
+    def no_decay(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Biases and norms, and what the kinds of layers name."""
+        # As GPT-NeoX, megatron/model/utils.py: biases and norms keep their size.
+        return (*NO_DECAY, *(pattern for kind in KINDS for pattern in KINDS[kind].no_decay))
+
+    def can_rewind(self, config: TransformerConfig) -> bool:
+        """Only if layers of all kinds can."""
+        return all(KINDS[kind].rewinds for kind in config.block_kinds)
+
+    def can_split_rows(self, config: TransformerConfig) -> bool:
+        """Only if layers of all kinds can."""
+        return all(KINDS[kind].splits_rows for kind in config.block_kinds)
+
     def block(self, config: TransformerConfig, layer: int) -> "Block":
-        """A block of the layer's kind of attention."""
+        """A block of the layer's kind, and of its kind of attention."""
         from castalia.models.parts.transformer import TransformerBlock
 
+        kind = config.block_kind(layer)
+        if kind != ATTENTION:
+            return KINDS[kind].block(config, layer)
         return TransformerBlock(config, layer)
 
     def norm(self, config: TransformerConfig) -> "nn.Module":
@@ -85,6 +107,7 @@ class Transformer(Family):
         inner = drawn(config.init_method, *shape)
         outer = drawn(config.output_layer_init_method, *shape)
         return [
+            *(start for kind in config.block_kinds for start in KINDS[kind].starts(config)),
             ("*.bias", ZEROS),
             ("*norm*.weight", ONES),
             ("*.attn.out.weight", outer),
@@ -98,6 +121,9 @@ class Transformer(Family):
 
     def costs(self, config: TransformerConfig, layer: int) -> Costs:
         """Sums over the parts of a block."""
+        kind = config.block_kind(layer)
+        if kind != ATTENTION:
+            return KINDS[kind].costs(config, layer)
         d = config.hidden_size
         parts = self.parts(config)
         products = sum(part.outputs * part.inputs for part in parts.linears)
@@ -152,7 +178,14 @@ class Transformer(Family):
                 f"model.pos_emb=rpe has one table for all layers, and parallel.pp={degrees.pp}"
                 " would put copies on several stages; set parallel.pp=1"
             )
+        for kind in config.block_kinds:
+            problems += KINDS[kind].divides(config, degrees)
         return problems
+
+    def is_hidden(self, config: TransformerConfig, name: str) -> bool:  # type: ignore[override]
+        """Matrices of attention and MLP, and what the kinds of layers name."""
+        hidden = (pattern for kind in config.block_kinds for pattern in KINDS[kind].hidden)
+        return super().is_hidden(config, name) or any(fnmatchcase(name, p) for p in hidden)
 
     def parts(self, config: TransformerConfig) -> Parts:
         """The parameters of a block, from the config."""
@@ -261,7 +294,7 @@ def block_norms(config: TransformerConfig) -> Iterator[NormPart]:
         yield NormPart(role, f"attn.{role}", affine, affine and centred, width)
 
 
-def norm_part(config: TransformerConfig, role: str, place: str) -> NormPart:
+def norm_part(config: BlocksConfig, role: str, place: str) -> NormPart:
     """A norm of the residual stream."""
     width = 1 if config.norm == "scalenorm" else config.hidden_size
     weight = config.norm != "non_parametric_layernorm"

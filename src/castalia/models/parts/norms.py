@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from castalia.models.config import TransformerConfig
 from castalia.models.context import HeadShare
+from castalia.models.model_config import BlocksConfig
 
 
 class LayerNorm(nn.LayerNorm):
@@ -70,7 +71,7 @@ class ScaleNorm(nn.Module):
         return (x / length).to(x.dtype) * self.weight
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
+def make_norm(config: BlocksConfig) -> nn.Module:
     """The norm of the residual stream that the config asks for."""
     width = config.hidden_size
     eps = config.layernorm_epsilon

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.data.batch import IGNORED
-from castalia.models.cross_entropy import chunk_slices, fused_cross_entropy
+from castalia.losses.cross_entropy import chunk_slices, fused_cross_entropy
 
 N, C, V = 70, 24, 301
 

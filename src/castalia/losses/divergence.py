@@ -5,7 +5,7 @@ For the logits x of the model and y of the reference, of each row,
     KL(q || p) = sum_j q_j (log q_j - log p_j),   p = softmax x, q = softmax y
     d KL / dx  = p - q
 
-Logits exist for a chunk of rows at a time, as in `castalia.models.cross_entropy`, whose way with a
+Logits exist for a chunk of rows at a time, as in `castalia.losses.cross_entropy`, whose way with a
 vocabulary that is split over ranks this follows. The reference gets no gradient.
 """
 
@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from castalia.models.cross_entropy import (
-    VocabShare,
-    add_product,
-    chunk_slices,
-    compute_dtype,
-)
+from castalia.losses.cross_entropy import add_product, chunk_slices, compute_dtype
+from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
 
 

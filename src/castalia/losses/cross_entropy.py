@@ -31,12 +31,13 @@ Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, sec
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
 
 LOG2_E = math.log2(math.e)
@@ -49,26 +50,6 @@ FP16_SUM = 16.0
 """Row sum of E in fp16, which can represent neither a sum of V ones nor 1 / V accurately."""
 FARTHEST = 60.0
 """Upper limit of m - m_r: e^60 fits float32, and a probability of e^-60 counts as 0."""
-
-
-class VocabShare(Protocol):
-    """The tokens of the vocabulary on this rank, and the reductions over the ranks of the others.
-
-    first  id of this rank's first token.
-    count  size of the whole padded vocabulary.
-    """
-
-    first: int
-    count: int
-
-    def local(self, weight: Tensor) -> Tensor:
-        """This rank's rows of the head's weight, as a plain tensor."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, in place and returned."""
-
-    def max(self, values: Tensor) -> Tensor:
-        """Maximum over the ranks, in place and returned."""
 
 
 class CrossEntropy(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from castalia.data.batch import IGNORED
-from castalia.models.cross_entropy import fused_cross_entropy
+from castalia.losses.cross_entropy import fused_cross_entropy
 
 N, C, V = 40, 16, 96
 

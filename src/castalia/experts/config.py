@@ -1,0 +1,64 @@
+"""The section `model.moe`. Needs no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from castalia.config.base import Config
+
+
+class MoeConfig(Config):
+    """MLPs of which a router chooses a few for each token, in place of one."""
+
+    experts: Annotated[int, Field(ge=2)]
+    """MLPs of a layer."""
+    top_k: PositiveInt = 1
+    """Experts that each token uses."""
+    interval: PositiveInt = 1
+    """Every so many layers one has experts, beginning with the first; the others have one MLP."""
+    expert_size: PositiveInt | None = None
+    """Width inside an expert; null means that of the MLP."""
+    bias: bool = False
+    """Biases in the experts."""
+    router: Literal["topk", "sinkhorn"] = "topk"
+    """topk takes the experts of the greatest scores. sinkhorn makes the assignment balanced before,
+    in training; its choice has no gradient, the weights have."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes weights of the router's outputs."""
+    normalize: bool = False
+    """Divide the weights of the chosen experts by their sum (Mixtral)."""
+    scale: PositiveFloat = 1.0
+    """Factor of the weights."""
+    bias_rate: NonNegativeFloat = 0.0
+    """Above 0 a bias of each expert, which decides the choice and not the weights, moves by so much
+    after each step against the load (loss-free balancing). Source  Wang et al. 2024,
+    arXiv:2408.15664."""
+    balance_loss: NonNegativeFloat = 0.01
+    """Coefficient of the load-balancing loss. Source  Fedus et al. 2021, arXiv:2101.03961,
+    equation 4."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the squared log of the router's partition function. Source  Zoph et al. 2022,
+    arXiv:2202.08906, equation 5."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training the router's inputs are multiplied with draws from 1 - jitter to 1 + jitter."""
+    group: Literal["row", "pass"] = "row"
+    """Tokens that are balanced together, by losses, capacities and Sinkhorn: row, those of a row,
+    which is the same on any layout; pass, all of a rank's micro-batch, as in GPT-NeoX and
+    DeepSpeed."""
+    capacity_factor: PositiveFloat | None = None
+    """Most tokens of an expert in training, as a multiple of an equal share; tokens beyond it are
+    dropped. null drops nothing."""
+    eval_capacity_factor: PositiveFloat | None = None
+    """The same without gradients; null drops nothing."""
+    min_capacity: NonNegativeInt = 4
+    """Tokens that an expert takes in any case."""
+    shared_size: NonNegativeInt = 0
+    """Width of an MLP that all tokens use beside the experts; 0 is none."""
+    shared_gate: bool = False
+    """Multiply the output of that MLP with a sigmoid of the token (Qwen 2 MoE)."""
+    residual: bool = False
+    """Mix the experts with one MLP for all tokens, by a softmax over two weights of the token
+    (Residual MoE). Source  Rajbhandari et al. 2022, arXiv:2201.05596."""
+    tensor_parallel: bool = False
+    """Split each expert over parallel.tp; false lets the ranks of tp work on different tokens with
+    whole experts."""

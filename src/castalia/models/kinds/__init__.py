@@ -1,0 +1,11 @@
+"""Kinds of layers beside attention with an MLP. A transformer mixes them by `model.pattern`, and a
+family of its own is made of one kind.
+
+A kind of another package registers itself in the same way:
+
+    KINDS.register("mine")(MyKind())
+"""
+
+from castalia.models.kinds.base import KINDS, BlockKind
+
+__all__ = ["KINDS", "BlockKind"]

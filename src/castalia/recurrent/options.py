@@ -1,0 +1,92 @@
+"""Sections of `model` for layers with a recurrence. Needs no torch."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from castalia.config.base import Config
+
+
+class MambaOptions(Config):
+    """A selective state space; Gu and Dao 2023, arXiv:2312.00752."""
+
+    state_size: PositiveInt = 16
+    """Numbers that each channel remembers."""
+    conv_size: PositiveInt = 4
+    """Tokens that the causal convolution before the scan sees, the token itself included."""
+    inner_size: PositiveInt | None = None
+    """Channels of the scan; null means 2 * hidden_size."""
+    dt_rank: PositiveInt | None = None
+    """Rank of the matrix that makes the time steps; null means hidden_size / 16, rounded up."""
+    conv_bias: bool = True
+    """Bias of the convolution."""
+    bias: bool = False
+    """Biases of the projections into and out of the layer."""
+    dt_min: PositiveFloat = 1e-3
+    """Least time step at the start."""
+    dt_max: PositiveFloat = 0.1
+    """Greatest time step at the start."""
+    dt_floor: PositiveFloat = 1e-4
+    """Time steps at the start are not below."""
+
+
+class Mamba2Options(Config):
+    """A state space with one decay a head; Dao and Gu 2024, arXiv:2405.21060."""
+
+    state_size: PositiveInt = 128
+    """Numbers that each channel remembers."""
+    conv_size: PositiveInt = 4
+    """Tokens that the causal convolution before the scan sees, the token itself included."""
+    inner_size: PositiveInt | None = None
+    """Channels of the scan; null means 2 * hidden_size."""
+    head_size: PositiveInt = 64
+    """Channels of a head, which share a decay."""
+    groups: PositiveInt = 1
+    """Groups of heads that share the vectors which write to the state and read from it."""
+    chunk_size: PositiveInt = 256
+    """Tokens of a chunk of the scan; a matter of speed alone."""
+    conv_bias: bool = True
+    """Bias of the convolution."""
+    bias: bool = False
+    """Biases of the projections into and out of the layer."""
+    dt_min: PositiveFloat = 1e-3
+    """Least time step at the start."""
+    dt_max: PositiveFloat = 0.1
+    """Greatest time step at the start."""
+    dt_floor: PositiveFloat = 1e-4
+    """Time steps at the start are not below."""
+
+
+class Rwkv6Options(Config):
+    """RWKV 6, Finch; Peng et al. 2024, arXiv:2404.05892."""
+
+    head_size: PositiveInt = 64
+    """Channels of a head."""
+    attention_size: PositiveInt | None = None
+    """Channels of the time mixing; null means hidden_size."""
+    ffn_size: PositiveInt | None = None
+    """Width inside the channel mixing; null means 3.5 * hidden_size, rounded down to a multiple of
+    32."""
+    mix_rank: PositiveInt | None = None
+    """Rank of the five mixes with the token before; null means 32, of a width from 4096 on 64."""
+    decay_rank: PositiveInt | None = None
+    """Rank of the decays; null means 64, of a width from 4096 on 128."""
+    norm_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the norm over each head; null means 1e-5 * 64."""
+
+
+class Rwkv7Options(Config):
+    """RWKV 7, Goose; Peng et al. 2025, arXiv:2503.14456."""
+
+    head_size: PositiveInt = 64
+    """Channels of a head."""
+    ffn_size: PositiveInt | None = None
+    """Width inside the channel mixing; null means 4 * hidden_size."""
+    decay_rank: PositiveInt | None = None
+    """Rank of the decays; null follows from the width as in the published models."""
+    rate_rank: PositiveInt | None = None
+    """Rank of the learning rates in context; null follows from the width."""
+    value_rank: PositiveInt | None = None
+    """Rank of the mix with the first layer's values; null follows from the width."""
+    gate_rank: PositiveInt | None = None
+    """Rank of the gate; null follows from the width."""
