@@ -59,6 +59,6 @@ class MoeConfig(Config):
     residual: bool = False
     """Mix the experts with one MLP for all tokens, by a softmax over two weights of the token
     (Residual MoE). Source  Rajbhandari et al. 2022, arXiv:2201.05596."""
-    tensor_parallel: bool = False
+    split_over_tp: bool = False
     """Split each expert over parallel.tp; false lets the ranks of tp work on different tokens with
     whole experts."""
