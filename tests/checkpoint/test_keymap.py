@@ -1,11 +1,19 @@
 """Key maps: both directions, transforms, and every left-over key named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from castalia.checkpoint.hf import hf_config, hf_keymap, model_config
 from castalia.checkpoint.keymap import KeyMap, Rule, Transform
+from castalia.checkpoint.tensors import (
+    StackedTensor,
+    StoredTensors,
+    save_tensors,
+    tensors_of_file,
+)
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.models import Decoder, NeoxConfig
 
@@ -164,3 +172,42 @@ def test_a_missing_size_is_named() -> None:
 def test_an_mlp_without_bias_is_no_gpt_neox() -> None:
     with pytest.raises(ConfigError, match="mlp_bias=false"):
         hf_config(tiny(mlp_bias=False), end_ids=(0,))
+
+
+STACKED = KeyMap(
+    "mixture",
+    [
+        Rule("layers.{i}.up", "h.{i}.{e}.w", aliases=("old.{i}.{e}",), layers=(1,), rows=3),
+        Rule("layers.{i}.w", "h.{i}.w", layers=(0,)),
+    ],
+    layers=2,
+)
+
+
+def test_experts_are_rows_of_one_tensor(tmp_path: Path) -> None:
+    """In both directions, in memory and on a disk, where a part reads its experts alone."""
+    ours = {"layers.1.up": torch.rand(3, 4, 2), "layers.0.w": torch.rand(2)}
+    theirs = STACKED.to_theirs(ours)
+    assert sorted(theirs) == ["h.0.w", "h.1.0.w", "h.1.1.w", "h.1.2.w"]
+    assert torch.equal(theirs["h.1.2.w"], ours["layers.1.up"][2])
+    renamed = {name.replace("h.1.1.w", "old.1.1"): tensor for name, tensor in theirs.items()}
+    back = STACKED.to_ours(renamed)
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
+    for key, tensor in theirs.items():
+        save_tensors({key: tensor}, tmp_path / key, {})
+    parts = [tensors_of_file(tmp_path / f"h.1.{e}.w")[f"h.1.{e}.w"] for e in range(3)]
+    stored = StoredTensors({"layers.1.up": StackedTensor(tuple(parts)), "layers.0.w": parts[0]})
+    assert torch.equal(STACKED.to_theirs(stored)["h.1.2.w"], ours["layers.1.up"][2])
+    (tmp_path / "h.1.0.w").unlink()
+    part = stored.stored("layers.1.up")[slice(1, 3), slice(0, 2), slice(None)]
+    assert torch.equal(part, ours["layers.1.up"][1:, :2])
+
+
+def test_a_lost_expert_is_named() -> None:
+    theirs = STACKED.to_theirs({"layers.1.up": torch.rand(3, 4), "layers.0.w": torch.rand(2)})
+    del theirs["h.1.1.w"]
+    with pytest.raises(CheckpointError, match=r"missing: 'h\.1\.1\.w'"):
+        STACKED.rules_for(theirs, optional=["layers.*.up"])
+    assert [*STACKED.rules_for({"h.0.w": torch.rand(2)}, ["*.up"])] == ["h.0.w"]
+    with pytest.raises(CheckpointError, match=r"no rule knows: 'h\.1\.3\.w'"):
+        STACKED.to_ours(theirs | {"h.1.1.w": torch.rand(4), "h.1.3.w": torch.rand(4)})

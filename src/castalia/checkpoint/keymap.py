@@ -9,16 +9,28 @@ A key that no rule knows and a rule whose key is missing are errors that name it
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from castalia.core.errors import CheckpointError, nearest
 
 SHOWN_KEYS = 5
 """Keys that an error lists before it counts the rest."""
+Part = TypeVar("Part")
+"""What a tensor of ours is made of: tensors, or places on a disk."""
+
+
+@runtime_checkable
+class HasRows(Protocol):
+    """Tensors by name of which one row can be read without the others."""
+
+    def row(self, name: str, number: int) -> Tensor:
+        """`self[name][number]`."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -56,7 +68,8 @@ class Join:
 class Rule:
     """One name of theirs, and one of ours or, with a `Join`, several.
 
-    `{i}` in all of them stands for each layer's number.
+    `{i}` in all of them stands for the number of a layer, `{e}` in theirs for that of an expert:
+    ours holds all experts in one tensor, of which each of theirs is a row.
     """
 
     ours: str | tuple[str, ...]
@@ -64,13 +77,31 @@ class Rule:
     transform: Transform | Join = field(default_factory=Transform)
     aliases: tuple[str, ...] = ()
     """Other names of theirs that are read too; `theirs` is the one that is written."""
+    layers: tuple[int, ...] | None = None
+    """The layers that have it; null means all."""
+    rows: int = 0
+    """Experts of a rule with `{e}`."""
+    row: int | None = None
+    """The row of ours that theirs is, filled in by `at`; null means all of ours."""
 
-    def at(self, layer: int) -> "Rule":
-        """The rule of one layer, `{i}` filled in."""
-        aliases = tuple(name.replace("{i}", str(layer)) for name in self.aliases)
+    def at(self, layer: int) -> Iterator["Rule"]:
+        """The rules of one layer, `{i}` and `{e}` filled in."""
         names = tuple(name.replace("{i}", str(layer)) for name in self.names)
         ours = names[0] if isinstance(self.ours, str) else names
-        return Rule(ours, self.theirs.replace("{i}", str(layer)), self.transform, aliases)
+        for row in range(self.rows) if self.rows else [None]:
+            theirs, *aliases = (
+                name.replace("{i}", str(layer)).replace("{e}", str(row))
+                for name in (self.theirs, *self.aliases)
+            )
+            yield replace(self, ours=ours, theirs=theirs, aliases=tuple(aliases), row=row)
+
+    def of_layers(self, count: int) -> Iterator["Rule"]:
+        """The rules of all layers of a model of `count`, or this one alone."""
+        if "{i}" not in self.theirs:
+            yield from self.at(0)
+            return
+        for layer in range(count) if self.layers is None else self.layers:
+            yield from self.at(layer)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,7 +109,7 @@ class Rule:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     def pieces(self) -> dict[str, Transform]:
-        """How each tensor of ours is made of theirs, by its name."""
+        """How each tensor of ours, or a row of it, is made of theirs, by its name."""
         if isinstance(self.transform, Transform):
             (name,) = self.names
             return {name: self.transform}
@@ -86,10 +117,39 @@ class Rule:
 
     def joined(self, ours: Mapping[str, Tensor]) -> Tensor:
         """Their tensor."""
-        tensors = [ours[name] for name in self.names]
+        tensors = [self.part_of(ours, name) for name in self.names]
         if isinstance(self.transform, Transform):
             return self.transform.out(tensors[0])
         return self.transform.out(tensors)
+
+    def part_of(self, ours: Mapping[str, Tensor], name: str) -> Tensor:
+        """The tensor of ours that is theirs, or its row."""
+        if self.row is None:
+            return ours[name]
+        # All experts of a layer may not fit where one does.
+        return ours.row(name, self.row) if isinstance(ours, HasRows) else ours[name][self.row]
+
+
+def gathered(
+    rules: Mapping[str, Rule],
+    make: Callable[[str, Transform], Part],
+    stack: Callable[[list[Part]], Part],
+) -> dict[str, Part]:
+    """Our tensors by name, out of theirs.
+
+    Takes   rules: of their keys, as `KeyMap.rules_for` returns them. make: ours, or a row of it,
+            of one key. stack: ours of all its rows in order.
+    """
+    out: dict[str, Part] = {}
+    rows: dict[str, dict[int, Part]] = {}
+    for key, rule in rules.items():
+        for name, transform in rule.pieces().items():
+            part = make(key, transform)
+            if rule.row is None:
+                out[name] = part
+            else:
+                rows.setdefault(name, {})[rule.row] = part
+    return out | {name: stack([of[i] for i in sorted(of)]) for name, of in rows.items()}
 
 
 class KeyMap:
@@ -103,9 +163,9 @@ class KeyMap:
         self, family: str, rules: Sequence[Rule], *, layers: int, ignored: Iterable[str] = ()
     ) -> None:
         self.family = family
-        self.rules = [
-            rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.theirs else [0])
-        ]
+        self.rules = [one for rule in rules for one in rule.of_layers(layers)]
+        self.written = {alias: rule.theirs for rule in self.rules for alias in rule.aliases}
+        """Their name that is written, by each of its aliases."""
         self.ignored = [re.compile(pattern) for pattern in ignored]
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,11 +184,7 @@ class KeyMap:
                 missing.
         """
         rules = self.rules_for(theirs)
-        return {
-            name: transform.back(theirs[key])
-            for key, rule in rules.items()
-            for name, transform in rule.pieces().items()
-        }
+        return gathered(rules, lambda key, how: how.back(theirs[key]), torch.stack)
 
     def rules_for(self, theirs: Iterable[str], optional: Collection[str] = ()) -> dict[str, Rule]:
         """The rule of each of their keys that holds something, in the order of the rules.
@@ -147,10 +203,13 @@ class KeyMap:
                     f"the {self.family} checkpoint has {renamed!r} twice, once as {name!r}"
                 )
             stored_as[renamed] = name
+        # Of experts that may be missing either all are, or one is lost.
+        present = {n for rule in self.rules if rule.theirs in stored_as for n in rule.names}
         wanted = [
             rule
             for rule in self.rules
-            if rule.theirs in stored_as or not all(matches(name, optional) for name in rule.names)
+            if not present.isdisjoint(rule.names)
+            or not all(matches(name, optional) for name in rule.names)
         ]
         self.require_equal(
             f"the {self.family} checkpoint", stored_as, [rule.theirs for rule in wanted]
@@ -159,7 +218,7 @@ class KeyMap:
 
     def rename(self, name: str) -> str:
         """The name that is written for one of its aliases; any other name is returned as it is."""
-        return next((rule.theirs for rule in self.rules if name in rule.aliases), name)
+        return self.written.get(name, name)
 
     def is_ignored(self, name: str) -> bool:
         """Whether `name` is one of theirs that carries nothing."""

@@ -105,6 +105,12 @@ class StoredTensors(Mapping[str, Tensor]):
         """The tensor `name` as it is stored, not read yet."""
         return self.tensors[name]
 
+    def row(self, name: str, number: int) -> Tensor:
+        """`self[name][number]`, without the other rows."""
+        tensor = self.tensors[name]
+        rest = tuple(slice(0, size) for size in tensor.shape[1:])
+        return tensor[slice(number, number + 1), *rest][0]
+
 
 def checkpoint_tensors(folder: Path, manifest: Manifest, prefix: str = "model.") -> StoredTensors:
     """The tensors of a checkpoint whose names begin with `prefix`, which is taken off.
@@ -188,6 +194,31 @@ class FileTensor:
                 file.get_tensor(self.key) if part is None else file.get_slice(self.key)[part]
             )
             return out
+
+
+@dataclass(frozen=True)
+class StackedTensor:
+    """Tensors of one shape as one with a dim more in front, such as the experts of a layer. A part
+    reads those that it needs and no more."""
+
+    rows: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of the whole tensor."""
+        return (len(self.rows), *self.rows[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its elements."""
+        return self.rows[0].dtype
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        box = box_of(part, self.shape)
+        out = torch.empty(box.shape, dtype=self.dtype)
+        for place, row in enumerate(self.rows[box.slices[0]]):
+            out[place] = row[part[1:]]
+        return out
 
 
 def tensors_of_file(path: Path) -> dict[str, FileTensor]:

@@ -17,8 +17,8 @@ from castalia.checkpoint.hf.formats import HF, chosen_format
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, write_weights
 from castalia.checkpoint.hf.split_heads import with_heads_apart
 from castalia.checkpoint.hf.weights import equal_tensors, stored_weights
-from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, Rule, matches
-from castalia.checkpoint.tensors import FileTensor, StoredTensors
+from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, Rule, Transform, gathered, matches
+from castalia.checkpoint.tensors import FileTensor, StackedTensor, StoredTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import read_json, write_json
 from castalia.models import Decoder
@@ -150,14 +150,13 @@ def read_hf(
     config = model_config(values, str(where), vocab_size)
     form = HF[values["model_type"]]
     theirs = fitting_head(stored_weights(folder), config, form, folder, optional)
-    rules = form.keymap(config).rules_for(theirs, optional)
+    rules = form.keymap_of(config, theirs).rules_for(theirs, optional)
     require_shapes(theirs, rules, config, folder)
-    ours = {
-        name: replace(theirs[key], transform=transform)
-        for key, rule in rules.items()
-        for name, transform in rule.pieces().items()
-    }
-    return StoredTensors(ours), config
+
+    def opened(key: str, transform: Transform) -> StoredTensor:
+        return replace(theirs[key], transform=transform)
+
+    return StoredTensors(gathered(rules, opened, lambda rows: StackedTensor(tuple(rows)))), config
 
 
 def fitting_head(

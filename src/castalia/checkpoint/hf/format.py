@@ -1,7 +1,7 @@
 """`HfFormat`: what Castalia must know of one architecture in transformers' format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 from castalia.checkpoint.hf.keys import Keys
@@ -32,6 +32,10 @@ class HfFormat(ABC):
     @abstractmethod
     def keymap(self, config: Any) -> KeyMap:
         """Our names and transformers' for a model of `config`."""
+
+    def keymap_of(self, config: Any, names: Collection[str]) -> KeyMap:
+        """The same of a folder with tensors of these names, where several layouts are read."""
+        return self.keymap(config)
 
     @abstractmethod
     def write_config(self, config: Any) -> dict[str, Any]:
@@ -107,12 +111,20 @@ class TransformerFormat(HfFormat):
         options = config.model_dump(mode="json", exclude={"family"})
         return build(self.Config, options, self.architectures[0])
 
+    def extra_rules(self, config: TransformerConfig, names: Collection[str]) -> Iterator[Rule]:
+        """Rules of what is no linear layer or norm, and `names` as in `keymap_of`."""
+        yield from ()
+
     def keymap(self, config: Any) -> KeyMap:
+        """See `HfFormat`."""
+        return self.keymap_of(config, ())
+
+    def keymap_of(self, config: Any, names: Collection[str]) -> KeyMap:
         """See `HfFormat`."""
         join = None if config.fused_qkv else self.join(config)
         weights = Transform(transpose, transpose) if self.transposed else Transform()
         places = self.layout(config)
-        rules = rules_of(config, places, weights, join)
+        rules = [*rules_of(config, places, weights, join), *self.extra_rules(config, names)]
         ignored = list(self.ignored)
         if config.head == "score":
             rules.append(Rule("score.weight", "score.weight"))
@@ -123,8 +135,8 @@ class TransformerFormat(HfFormat):
         else:
             head, *aliases = places.heads
             rules.append(Rule("unembed.weight", head, aliases=tuple(aliases)))
-        name = f"Hugging Face {self.architectures[0].removesuffix('ForCausalLM')}"
-        return KeyMap(name, rules, layers=config.num_layers, ignored=ignored)
+        family = f"Hugging Face {self.architectures[0].removesuffix('ForCausalLM')}"
+        return KeyMap(family, rules, layers=config.num_layers, ignored=ignored)
 
     def read_config(
         self, values: Mapping[str, Any], where: str, vocab_size: int | None

@@ -8,9 +8,11 @@ from castalia.checkpoint.hf.gpt2 import Gpt2Format
 from castalia.checkpoint.hf.granite import GraniteFormat
 from castalia.checkpoint.hf.llama import LlamaFormat
 from castalia.checkpoint.hf.mistral import MistralFormat
+from castalia.checkpoint.hf.mixtral import MixtralFormat, OlmoeFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
 from castalia.checkpoint.hf.olmo2 import Olmo2Format, OlmoFormat
 from castalia.checkpoint.hf.qwen2 import Qwen2Format, Qwen3Format
+from castalia.checkpoint.hf.qwen2_moe import Qwen2MoeFormat
 from castalia.checkpoint.hf.stablelm import StableLmFormat
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
@@ -31,6 +33,9 @@ for form in (
     StableLmFormat(),
     OlmoFormat(),
     GraniteFormat(),
+    MixtralFormat(),
+    OlmoeFormat(),
+    Qwen2MoeFormat(),
 ):
     HF.register(form.model_type)(form)
 

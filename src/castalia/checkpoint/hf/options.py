@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from castalia.checkpoint.hf.keys import shown
+from castalia.config.base import Config
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import START
 
@@ -86,4 +87,5 @@ def unexpressed(config: TransformerConfig, table: Mapping[str, Values]) -> Itera
             field = TransformerConfig.model_fields.get(name, type(config).model_fields[name])
             lacking = value != field.get_default(call_default_factory=True)
         if lacking:
-            yield f"{name}={shown(value)}"
+            # A section is named alone; its format, if there is one, names the option inside.
+            yield name if isinstance(value, Config) else f"{name}={shown(value)}"

@@ -51,12 +51,14 @@ def rules_of(
             place = f"{places.block}.{places.parts[norm.role]}.{kind}"
             rules.append(rule(places, f"layers.{{i}}.{norm.place}.{kind}", place))
     for linear in parts.linears:
-        if join is not None and linear.role in JOINED:
+        layers = layers_of(linear, config)
+        if layers == () or (join is not None and linear.role in JOINED):
             continue
         for kind in kinds_of(linear):
             place = f"{places.block}.{places.parts[linear.role]}.{kind}"
             how = weights if kind == "weight" else Transform()
-            rules.append(rule(places, f"layers.{{i}}.{linear.place}.{kind}", place, how))
+            ours = f"layers.{{i}}.{linear.place}.{kind}"
+            rules.append(rule(places, ours, place, how, layers=layers))
     if join is not None:
         apart = [linear for linear in parts.linears if linear.role in JOINED]
         rules += joined_rules(apart, places, weights, join)
@@ -78,9 +80,26 @@ def rule(
     ours: str | tuple[str, ...],
     place: str,
     transform: Transform | Join | None = None,
+    *,
+    others: Sequence[str] = (),
+    layers: tuple[int, ...] | None = None,
+    rows: int = 0,
 ) -> Rule:
-    """A rule that also reads the name in a folder of the model without its head."""
-    return Rule(ours, f"{places.base}.{place}", transform or Transform(), aliases=(place,))
+    """A rule that also reads the names in a folder of the model without its head.
+
+    others  places that are read, too. layers, rows: see `Rule`.
+    """
+    aliases = (place, *others, *(f"{places.base}.{other}" for other in others))
+    how = transform or Transform()
+    return Rule(ours, f"{places.base}.{place}", how, aliases, layers=layers, rows=rows)
+
+
+def layers_of(linear: LinearPart, config: TransformerConfig) -> tuple[int, ...] | None:
+    """The layers that have a linear layer; None means all. Experts stand in the place of an
+    MLP."""
+    if config.moe is None or not linear.role.startswith("mlp_"):
+        return None
+    return tuple(i for i in range(config.num_layers) if not config.has_experts(i))
 
 
 def kinds_of(linear: LinearPart) -> Iterator[str]:
