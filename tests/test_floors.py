@@ -10,12 +10,12 @@ FLOORS = {
     "tokenizers": 1,  # read by `data` and by whatever has text
     "data": 2,
     "mixing": 2,
-    "distributed": 2,
     "experts": 2,  # one layer and its routing; takes sizes, knows no model
     "recurrent": 2,  # mixers with a state; take sizes, know no model
     "launch": 2,
     "monitor": 2,
     "results": 2,  # one table, written by `eval` and read by `analysis`
+    "distributed": 3,  # takes the tokens of `experts` to the ranks that hold these
     "models": 3,
     "checkpoint": 4,
     "corpus": 4,

@@ -42,6 +42,22 @@ REFUSED = {
         "parallel.tp=2",
         "model.make_vocab_size_divisible_by=1",
     ),
+    "parallel.ep=2 splits experts, and the model has none; set model.moe or ep=1": (
+        "parallel.ep=2",
+    ),
+    "model.moe.experts 6 is not divisible by parallel.ep=4: each rank holds an equal part of the"
+    " experts": ("parallel.ep=4", "model.moe.experts=6"),
+    "the width 66 of an expert is not divisible by parallel.tp=4: with model.moe.split_over_tp": (
+        "parallel.tp=4",
+        "model.moe.experts=4",
+        "model.moe.expert_size=66",
+        "model.moe.split_over_tp=true",
+    ),
+    "parallel.ep=4 does not divide parallel.dp_shard=6 times parallel.cp=1: the ranks that split": (
+        "parallel.ep=4",
+        "parallel.dp_shard=6",
+        "model.moe.experts=4",
+    ),
 }
 
 

@@ -330,6 +330,10 @@ def test_layouts_that_cannot_run_are_refused():
     with pytest.raises(ConfigError, match="dp_shard=2 needs a world size of 2, got 1"):
         check_layout(ParallelConfig(dp_shard=2), 1)
     check_layout(ParallelConfig(dp_replicate=2, dp_shard=2), 4)
+    message = r"ep=3 does not divide the 4 ranks of parallel.dp_shard=2 times parallel.cp=2"
+    with pytest.raises(ConfigError, match=message):
+        check_layout(ParallelConfig(cp=2, ep=3), 4)
+    check_layout(ParallelConfig(cp=2, ep=4), 4)
 
 
 def test_compiled_blocks_and_loss_give_the_same_losses(make):

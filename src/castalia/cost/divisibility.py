@@ -14,7 +14,38 @@ def layout_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfi
             f"model.family {family.name} reads each row from its beginning, so"
             f" parallel.cp={parallel.cp} ranks cannot share one; set parallel.cp=1"
         )
+    problems += expert_problems(model, parallel)
     return problems + context_problems(seq_length, parallel)
+
+
+def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """The experts over parallel.ep, and their width over parallel.tp."""
+    moe = getattr(model, "moe", None)
+    ep = parallel.ep
+    tp = parallel.tp
+    if moe is None:
+        if ep == 1:
+            return []
+        return [f"parallel.ep={ep} splits experts, and the model has none; set model.moe or ep=1"]
+    problems = []
+    if moe.experts % ep:
+        problems.append(
+            f"model.moe.experts {moe.experts} is not divisible by parallel.ep={ep}: each rank holds"
+            " an equal part of the experts"
+        )
+    width = moe.expert_size or model.ffn_size  # type: ignore[attr-defined]
+    if moe.split_over_tp and width % tp:
+        problems.append(
+            f"the width {width} of an expert is not divisible by parallel.tp={tp}: with"
+            " model.moe.split_over_tp each rank holds an equal part of every expert; change"
+            " model.moe.expert_size, or set split_over_tp=false"
+        )
+    if parallel.dp_shard and parallel.dp_shard * parallel.cp % ep:
+        problems.append(
+            f"parallel.ep={ep} does not divide parallel.dp_shard={parallel.dp_shard} times"
+            f" parallel.cp={parallel.cp}: the ranks that split the experts are taken from these"
+        )
+    return problems
 
 
 def vocabulary_problems(model: ModelConfig, tp: int) -> list[str]:

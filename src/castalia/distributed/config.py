@@ -6,15 +6,21 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from castalia.config.base import Config
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The axes that make up the ranks, outermost first."""
+
 
 class Degrees(NamedTuple):
-    """Ranks along each mesh axis, outermost first; rank numbers count through them, tp fastest."""
+    """Ranks along each of AXES; rank numbers count through them, tp fastest."""
 
     pp: int
     dp_replicate: int
     dp_shard: int
     cp: int
     tp: int
+    ep: int = 1
+    """Ranks that split the experts: neighbours among those of dp_shard x cp, not an axis beside
+    them."""
 
     @property
     def size(self) -> int:
@@ -26,10 +32,22 @@ class Degrees(NamedTuple):
         """Ranks that take different rows of a batch."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of a weight that is not an expert's, beside those of tp."""
+        return self.dp_shard * self.cp
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that share one copy of an expert's weights, beside those of tp."""
+        # A layout that cannot run gets an estimate too.
+        return max(1, self.shards // self.ep)
+
     def __str__(self) -> str:
-        """`dp_shard 2 x tp 2`: the axes with more than one rank."""
-        axes = [f"{axis} {degree}" for axis, degree in self._asdict().items() if degree > 1]
-        return " x ".join(axes) or "no sharding"
+        """`dp_shard 4 x tp 2, ep 2`: the axes with more than one rank."""
+        axes = [f"{axis} {degree}" for axis, degree in zip(AXES, self, strict=False) if degree > 1]
+        experts = f", ep {self.ep}" if self.ep > 1 else ""
+        return (" x ".join(axes) or "no sharding") + experts
 
 
 Schedule = Literal["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble", "zero_bubble_v"]
@@ -52,8 +70,9 @@ class ParallelConfig(Config):
     """Stages on each rank of a pipeline; null: 2 for interleaved_1f1b and zero_bubble_v, else 1."""
     cp: PositiveInt = 1
     """Ranks that split each sequence."""
-    ep: Literal[1] = 1
-    """Ranks that split the experts; no family has experts yet."""
+    ep: PositiveInt = 1
+    """Ranks that split the experts of model.moe, a divisor of dp_shard times cp: each holds an
+    equal part of them, and tokens travel to the ranks of their experts."""
     gather: Literal["auto", "fp32"] = "auto"
     """Dtype in which ranks gather sharded fp32 weights for a pass: auto is bf16 under precision
     bf16 and fp8, else fp32."""
@@ -71,9 +90,8 @@ class ParallelConfig(Config):
     def degrees(self, size: int) -> Degrees:
         """The degrees for a world size; dp_shard=null takes what the others leave, 0 if nothing."""
         others = self.pp * self.dp_replicate * self.cp * self.tp
-        return Degrees(
-            self.pp, self.dp_replicate, self.dp_shard or size // others, self.cp, self.tp
-        )
+        shards = self.dp_shard or size // others
+        return Degrees(self.pp, self.dp_replicate, shards, self.cp, self.tp, self.ep)
 
     @property
     def stages(self) -> int:

@@ -2,15 +2,15 @@
 
 `Degrees` lists the axes, outermost first. A folding makes mesh axes out of them, each the product
 of neighbouring ones: sharding weights, sharing rows and summing a loss arrange the same ranks in
-different ways. A new kind of parallelism is a new axis or a new folding: expert parallelism, for
-instance, would split `dp_shard` x `cp` into `ep` and the rest.
+different ways. A new kind of parallelism is a new axis or a new folding: expert parallelism splits
+the `dp_shard` of WEIGHTS once more, into the ranks that hold different experts and the rest.
 """
 
 from math import prod
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from castalia.distributed.config import Degrees
+from castalia.distributed.config import AXES, Degrees
 
 Folding = dict[str, tuple[str, ...]]
 """Mesh axis -> the axes of `Degrees` whose product it is; together all of them, in order."""
@@ -44,18 +44,30 @@ def make_mesh(device: str, degrees: Degrees, folding: Folding) -> DeviceMesh:
     `device` is `cpu` or `cuda`. Coordinates are the digits of the rank in mixed radix, tp fastest.
     """
     folded = tuple(axis for axes in folding.values() for axis in axes)
-    assert folded == degrees._fields, f"{folding} does not fold {degrees._fields}"
+    assert folded == AXES, f"{folding} does not fold {AXES}"
     sizes = tuple(prod(getattr(degrees, axis) for axis in axes) for axes in folding.values())
     return init_device_mesh(device, sizes, mesh_dim_names=tuple(folding))
 
 
+def make_expert_mesh(weights: DeviceMesh, degrees: Degrees) -> DeviceMesh:
+    """The mesh of WEIGHTS with `dp_shard` split into `expert_shard` and `ep`: how experts are split
+    and copied. A collective call.
+
+    Both meshes have one root: FSDP2 shards over an axis of one what another axis has split.
+    """
+    # torch 2.13 has no public way to give one set of ranks two foldings with one root.
+    sizes = (degrees.expert_shards, degrees.ep)
+    return weights._unflatten("dp_shard", sizes, ("expert_shard", "ep"))
+
+
 def coordinate(rank: int, degrees: Degrees, axis: str) -> int:
-    """The coordinate of `rank` along one axis of `Degrees`.
+    """The coordinate of `rank` along one of AXES.
 
     Raises  KeyError for another name.
     """
     stride = 1
-    for name, degree in reversed(degrees._asdict().items()):
+    for name in reversed(AXES):
+        degree = getattr(degrees, name)
         if name == axis:
             return rank // stride % degree
         stride *= degree

@@ -10,10 +10,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import environment
-from castalia.distributed.config import Degrees, ParallelConfig
+from castalia.distributed.config import AXES, Degrees, ParallelConfig
 from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join, leave
-from castalia.distributed.mesh import LOSSES, SEQUENCES, WEIGHTS, coordinate, make_mesh
+from castalia.distributed.mesh import (
+    LOSSES,
+    SEQUENCES,
+    WEIGHTS,
+    coordinate,
+    make_expert_mesh,
+    make_mesh,
+)
 
 
 def check_layout(config: ParallelConfig, size: int) -> None:
@@ -22,11 +29,13 @@ def check_layout(config: ParallelConfig, size: int) -> None:
 
     Raises  ConfigError.
     """
-    if config.degrees(size).size == size:
+    degrees = config.degrees(size)
+    if degrees.size == size:
+        require_groups_of_experts(degrees)
         return
     # dp_shard=null is left out: it has no number of its own, it takes the ranks that the others
     # leave.
-    given = {axis: getattr(config, axis) for axis in Degrees._fields}
+    given = {axis: getattr(config, axis) for axis in AXES}
     product = " x ".join(
         f"parallel.{axis}={degree}" for axis, degree in given.items() if degree not in (None, 1)
     )
@@ -36,6 +45,18 @@ def check_layout(config: ParallelConfig, size: int) -> None:
     raise ConfigError(
         f"{product} needs a world size of {wanted}{multiple}, got {size}:"
         f" start {wanted} ranks with torchrun --nproc-per-node, or change the degrees"
+    )
+
+
+def require_groups_of_experts(degrees: Degrees) -> None:
+    """Raises  ConfigError if the ranks that hold different experts do not divide those among which
+    they are taken."""
+    if degrees.shards % degrees.ep == 0:
+        return
+    raise ConfigError(
+        f"parallel.ep={degrees.ep} does not divide the {degrees.shards} ranks of"
+        f" parallel.dp_shard={degrees.dp_shard} times parallel.cp={degrees.cp}: the ranks that"
+        " split the experts are taken from these; choose a divisor of it, or more of these ranks"
     )
 
 
@@ -49,6 +70,7 @@ class World:
 
     mesh      how weights are split and copied, see `castalia.distributed.mesh`; None for a single
               rank.
+    experts   the same of the weights of experts; None where it is `mesh`.
     cp_group  the ranks that hold tokens of the same rows; None where each holds whole rows.
     parts     the ranks that hold different addends of a batch's loss; None means all of them.
     """
@@ -60,6 +82,7 @@ class World:
     degrees: Degrees = ALONE
     cp_group: dist.ProcessGroup | None = None
     parts: dist.ProcessGroup | None = None
+    experts: DeviceMesh | None = None
 
     @classmethod
     def start(cls, config: ParallelConfig, device: str = "auto") -> "World":
@@ -92,12 +115,14 @@ class World:
         # Those whose extra axis has one rank are left out: each process group costs memory and
         # connections.
         mesh = make_mesh(mesh_device, degrees, WEIGHTS)
-        cp_group = parts = None
+        cp_group = parts = experts = None
+        if degrees.ep > 1:
+            experts = make_expert_mesh(mesh, degrees)
         if degrees.cp > 1:
             cp_group = make_mesh(mesh_device, degrees, SEQUENCES)["cp"].get_group()
         if degrees.tp > 1:
             parts = make_mesh(mesh_device, degrees, LOSSES)["parts"].get_group()
-        return cls(rank, degrees.size, device, mesh, degrees, cp_group, parts)
+        return cls(rank, degrees.size, device, mesh, degrees, cp_group, parts, experts)
 
     def coordinate(self, axis: str) -> int:
         """This rank's coordinate along pp, dp_replicate, dp_shard, cp or tp."""
