@@ -132,6 +132,19 @@ class GatheredInput(ParallelStyle):
         return module
 
 
+class OwnParts(ParallelStyle):
+    """A module whose parameters are split along one of their axes, as `split_axis` names them, and
+    which takes its part of each itself."""
+
+    def __init__(self, axis: str) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        split_axis(module, self.axis, device_mesh)
+        return module
+
+
 class WholeLinear(ParallelStyle):
     """A Linear that every rank computes in full, of whose outputs it uses those of its own heads.
 
@@ -162,6 +175,8 @@ STYLES: dict[str, Any] = {
     "added": partial(SequenceParallel, sequence_dim=SEQUENCE, use_local_output=True),
     "gather": partial(GatheredNorm, sequence_dim=SEQUENCE),
     "head": Columns,
+    "outputs": partial(OwnParts, "outputs"),
+    "inputs": partial(OwnParts, "inputs"),
 }
 """The words of a `tp_plan`:
 
@@ -177,6 +192,8 @@ sequence  a norm on T / tp tokens
 added     the same where its output is added to the residual stream, which is a plain tensor
 gather    the final norm
 head      the output matrix split by tokens of the vocabulary; the loss uses it
+outputs   parameters split by output features, of a module that takes its own part of them
+inputs    the same by input features; the module sums over the ranks itself
 """
 
 

@@ -88,6 +88,56 @@ class Xavier:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Uniform between -bound and bound."""
+
+    bound: float
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a tensor."""
+        import torch
+
+        return torch.empty(shape).uniform_(-self.bound, self.bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class StepBias:
+    """Biases whose softplus, a time step, is log-uniform between `least` and `greatest`.
+
+    Source  Gu and Dao 2023, arXiv:2312.00752, section 3.6; GPT-NeoX, megatron/model/mamba/mamba.py.
+    """
+
+    least: float
+    greatest: float
+    floor: float
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a tensor."""
+        import torch
+
+        bounds = math.log(self.least), math.log(self.greatest)
+        steps = torch.empty(shape).uniform_(*bounds, generator=generator)
+        steps = steps.exp_().clamp_(min=self.floor)
+        # The inverse of softplus.
+        return steps + torch.log(-torch.expm1(-steps))
+
+
+@dataclass(frozen=True)
+class LogCount:
+    """log 1, log 2, … along the last dim: the decays of S4D-real.
+
+    Source  Gu et al. 2022, arXiv:2206.11893, equation 9.
+    """
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Fill a tensor."""
+        import torch
+
+        counts = torch.arange(1, shape[-1] + 1, dtype=torch.float32)
+        return counts.log().expand(shape).clone()
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same value everywhere."""
 

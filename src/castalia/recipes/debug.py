@@ -19,8 +19,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "debug-gpt2": {"family": "gpt2"},
     "debug-olmo2": {"family": "olmo2", "intermediate_size": 352},
     "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
+    "debug-mamba": {"family": "mamba"},
 }
 """What the section `model` of each has beside the sizes of `debug`."""
+HEADLESS = ("mamba",)
+"""Families without attention heads."""
 
 
 def debug(name: str = "debug") -> dict[str, Any]:
@@ -29,6 +32,8 @@ def debug(name: str = "debug") -> dict[str, Any]:
     The learning rate is constant, so a short run is the beginning of a longer one, step for step.
     A batch of 12 rows is divisible by 1, 2, 3, 4 and 6 ranks.
     """
+    family = FAMILIES.get(name, {})
+    heads = {} if family.get("family") in HEADLESS else {"num_attention_heads": 4}
     return {
         "recipe": name,
         "output": f"runs/{name}",
@@ -36,10 +41,10 @@ def debug(name: str = "debug") -> dict[str, Any]:
         "model": {
             "num_layers": 4,
             "hidden_size": 128,
-            "num_attention_heads": 4,
+            **heads,
             "vocab_size": 257,
             "max_position_embeddings": 128,
-            **FAMILIES.get(name, {}),
+            **family,
         },
         "data": {"seq_length": 64, "corpus": "tiny", "tokenizer": "bytes"},
         "train": {"steps": 60, "batch_size": 12, "log_every": 10},

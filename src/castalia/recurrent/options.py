@@ -29,6 +29,14 @@ class MambaOptions(Config):
     dt_floor: PositiveFloat = 1e-4
     """Time steps at the start are not below."""
 
+    def channels(self, width: int) -> int:
+        """Channels of the scan in a model of this width."""
+        return self.inner_size or 2 * width
+
+    def rank(self, width: int) -> int:
+        """Rank of the time steps."""
+        return self.dt_rank or -(-width // 16)
+
 
 class Mamba2Options(Config):
     """A state space with one decay a head; Dao and Gu 2024, arXiv:2405.21060."""

@@ -14,6 +14,7 @@ from castalia.models.families.base import Family
 from castalia.models.families.falcon import Falcon
 from castalia.models.families.gpt2 import Gpt2
 from castalia.models.families.llama import Llama
+from castalia.models.families.mamba import MambaFamily
 from castalia.models.families.mistral import Mistral
 from castalia.models.families.neox import Neox
 from castalia.models.families.olmo2 import Olmo2
@@ -24,7 +25,10 @@ from castalia.models.model_config import ModelConfig
 DEFAULT = "neox"
 """The family of a config that names none, as all did when there was one."""
 FAMILIES: Registry[Family] = Registry("model family")
-for family in (Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()):
+for family in (
+    *(Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()),
+    MambaFamily(),
+):
     FAMILIES.register(family.name)(family)
 
 

@@ -7,5 +7,9 @@ A kind of another package registers itself in the same way:
 """
 
 from castalia.models.kinds.base import KINDS, BlockKind
+from castalia.models.kinds.mamba import Mamba
+
+for kind in (Mamba(),):
+    KINDS.register(kind.name)(kind)
 
 __all__ = ["KINDS", "BlockKind"]

@@ -1,0 +1,68 @@
+"""A block of one mixer with a state: x + mixer(norm x)."""
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from castalia.models.block import Block
+from castalia.models.context import Context
+from castalia.models.model_config import BlocksConfig
+from castalia.models.parts.norms import make_norm
+from castalia.models.state import RecurrentState
+from castalia.recurrent.held import Total
+
+
+class Mixer(Protocol):
+    """What a mixer of castalia.recurrent has."""
+
+    tp_plan: dict[str, str]
+    """How tensor parallelism splits what is inside; its input is gathered to all T tokens."""
+
+    def __call__(
+        self,
+        x_BTC: Tensor,
+        segments: Tensor | None,
+        kept: dict[str, Tensor] | None,
+        total: Total,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+
+    def remembered(
+        self, batch: int, dtype: torch.dtype, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The state before the first token, by name, each (B, ...)."""
+
+
+class StateSpaceBlock(Block):
+    """Norm, mixer and residual."""
+
+    def __init__(self, config: BlocksConfig, mixer: nn.Module, widest: int) -> None:
+        super().__init__()
+        self.norm = make_norm(config)
+        self.mixer = mixer
+        self.widest = widest
+
+    @property
+    def tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """The norm works on T / tp tokens, the mixer on all T of a part of the channels."""
+        inside = cast(Mixer, self.mixer).tp_plan
+        return {"norm": "sequence", "mixer": "gathered"} | {
+            f"mixer.{name}": how for name, how in inside.items()
+        }
+
+    def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        kept: dict[str, Tensor] | None = None
+        if context.state is not None:
+            assert isinstance(context.state, RecurrentState)
+            kept = context.state.kept
+        mixer = cast(Mixer, self.mixer)
+        mixed_BTC = mixer(self.norm(x_BTC), context.segments, kept, context.heads.total)
+        return x_BTC + mixed_BTC
+
+    def new_state(
+        self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> RecurrentState:
+        """The mixer's; its size does not depend on `length`."""
+        return RecurrentState(**cast(Mixer, self.mixer).remembered(batch, dtype, device))
