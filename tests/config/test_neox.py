@@ -7,7 +7,6 @@ import pytest
 
 from castalia.config import flatten, read_yaml
 from castalia.config.neox import is_neox, override_hint, read_neox
-from castalia.config.neox_attention import OTHER_BLOCKS
 from castalia.config.neox_keys import (
     ALIASES,
     CHECKED,
@@ -318,13 +317,6 @@ def test_option(option, key, value):
             {"attention_config": [[["locals", "global"], "all"]]},
             "unknown attention type locals in attention_config; choose one of global, flash, bigb",
         ),
-        *(
-            (
-                {"attention_config": [[[kind], "all"]]},
-                f"attention type {kind} in attention_config: {name} layers are not supported yet",
-            )
-            for kind, name in OTHER_BLOCKS.items()
-        ),
         (
             {"sparsity_config": {"blocks": 16}},
             "sparsity_config.blocks in sparsity_config in small.yml: unknown key; did you mean",
@@ -345,7 +337,6 @@ def test_option(option, key, value):
         ({"attention_config": [["flash", 12]]}, r"types of an item are a list: write .*'flash'.,"),
         ({"attention_config": [[[], "all"]]}, "expected a list of types, got .. in"),
         ({"attention_config": [[["flash"], -1]]}, "expected a count or all, got -1"),
-        ({"moe_num_experts": 8}, "mixture-of-experts layers are not supported yet"),
         (
             {"optimizer": {"type": "madgrad", "params": {"lr": 1}}},
             "unknown optimizer.type 'madgrad'; choose one of adam, .*did you mean 'madgrad_wd'",
@@ -601,9 +592,9 @@ def test_over_a_preset_only_what_the_file_says_counts():
 
 
 def test_attention_types_are_checked_where_the_number_of_layers_is_a_presets():
-    options = {"attention_config": [[["mamba", "global"], "all"]]}
+    options = {"attention_config": [[["hyena", "global"], "all"]]}
     (problem,) = read_neox({"s.yml": options}, complete=False).problems
-    assert "attention type mamba in attention_config: Mamba layers" in problem.text
+    assert "unknown attention type hyena in attention_config" in problem.text
 
 
 def test_batch_follows_the_number_of_processes():

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.models.config import TransformerConfig
+from castalia.models.model_config import ModelConfig
 from castalia.recipes import Resolved, resolve
 from castalia.runs.config import RunConfig
 from castalia.train.hooks import Hook
@@ -25,10 +26,9 @@ ROW = 32
 # What a file without a batch, or with a tokenizer that is not on this machine, leaves open.
 OPEN = ("train.batch_size=4", "model.vocab_size=256", "model.make_vocab_size_divisible_by=64")
 REASONS = {
-    "mixture-of-experts layers are not supported yet": "MoE",
-    "Mamba layers are not supported yet": "Mamba",
-    "RWKV layers are not supported yet": "RWKV",
-    "gMLP layers are not supported yet": "gMLP",
+    "pattern has 'mamba'": "Mamba",
+    "pattern has 'rwkv6'": "RWKV",
+    "family.*gmlp": "gMLP",
     "DPO, KTO, reward models and REINFORCE are not supported yet": "another loss",
     "a comma is missing before this place": "fault of the file: a comma is missing",
     "published with layers and heads exchanged": "fault of the file: layers and heads exchanged",
@@ -94,21 +94,15 @@ def read(path: Path) -> tuple[list[str], Resolved]:
 
 def reduced(config: RunConfig, tokens: Path, labels: Path, output: Path) -> list[str]:
     """Overrides that make a run small and leave its options."""
-    model = config.model
-    assert isinstance(model, TransformerConfig)
     shrunk = {
         "num_layers": 2,
         "hidden_size": WIDTH,
-        "num_attention_heads": HEADS,
-        "num_kv_heads": max(1, HEADS * model.kv_heads // model.num_attention_heads),
-        "intermediate_size": 2 * math.ceil(model.ffn_size * WIDTH / model.hidden_size / 2),
         "vocab_size": 256,
         "make_vocab_size_divisible_by": 64,
         "max_position_embeddings": ROW,
         "start": None,
+        **narrow(config.model),
     }
-    if model.sliding_window is not None:
-        shrunk["sliding_window"] = ROW // 2
     sources = max(1, len(config.data.train))
     sections = {
         "model": shrunk,
@@ -135,6 +129,20 @@ def reduced(config: RunConfig, tokens: Path, labels: Path, output: Path) -> list
     for section, values in sections.items():
         words += [f"{section}.{key}={json.dumps(value)}" for key, value in values.items()]
     return words
+
+
+def narrow(model: ModelConfig) -> dict[str, Any]:
+    """Heads and widths of a small model, in the proportions of the whole one."""
+    if not isinstance(model, TransformerConfig):
+        return {}
+    shrunk = {
+        "num_attention_heads": HEADS,
+        "num_kv_heads": max(1, HEADS * model.kv_heads // model.num_attention_heads),
+        "intermediate_size": 2 * math.ceil(model.ffn_size * WIDTH / model.hidden_size / 2),
+    }
+    if model.sliding_window is not None:
+        shrunk["sliding_window"] = ROW // 2
+    return shrunk
 
 
 def outcome(path: Path, tokens: Path, labels: Path, folder: Path) -> Outcome:

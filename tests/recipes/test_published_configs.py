@@ -25,7 +25,6 @@ PARTIAL = (
 )
 """Files of GPT-NeoX without a model, which others name beside one with a model."""
 REFUSED = {
-    "neox__configs_125M-dmoe.yml": "MoE",
     "neox__configs_gmlp_small.yml": "gMLP",
     "neox__configs_mamba_mamba-130M.yml": "Mamba",
     "neox__configs_rwkv_170M.yml": "RWKV",
@@ -34,6 +33,8 @@ REFUSED = {
 }
 LLAMA = ("llama", "LlamaForCausalLM")
 FAMILIES = {
+    # No architecture of transformers has a Sinkhorn router.
+    "neox__configs_125M-dmoe.yml": ("neox", ""),
     "neox__configs_llama2_7B.yml": LLAMA,
     "neox__configs_llama_7B.yml": LLAMA,
     "neox__configs_llemma_7B.yml": LLAMA,
@@ -43,6 +44,7 @@ FAMILIES = {
 }
 """Files that do not become `neox` and GPTNeoXForCausalLM."""
 BF16 = (
+    "neox__configs_125M-dmoe.yml",
     "neox__configs_bf16_125M.yml",
     "neox__configs_llemma_7B.yml",
     "neox__configs_pythia_1B.yml",

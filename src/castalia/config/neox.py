@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.config.neox_adapter import ADAPTER_RULES
+from castalia.config.neox_blocks import BLOCK_RULES
+from castalia.config.neox_experts import EXPERT_RULES
 from castalia.config.neox_files import FILE_RULES, same_folder
 from castalia.config.neox_keys import (
     ALIASES,
@@ -26,6 +28,9 @@ from castalia.config.neox_schedule import SCHEDULE_RULES
 from castalia.config.neox_train_impl import TRAIN_IMPL_RULES
 from castalia.core.errors import nearest
 
+LAYER_RULES = [*MODEL_RULES, *EXPERT_RULES, *BLOCK_RULES]
+"""Those of the model. Experts count from the MLP's width, and layers without attention drop what
+they do not have."""
 LATER_RULES = [*ADAPTER_RULES, *MUP_RULES, *SCHEDULE_RULES]
 """Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
@@ -115,7 +120,7 @@ def read_neox(
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):
             options.put(out, option.path, options[name], name)
-    for keys, rule in [*MODEL_RULES, *TRAINING_RULES, *FILE_RULES, *TRAIN_IMPL_RULES, *LATER_RULES]:
+    for keys, rule in [*LAYER_RULES, *TRAINING_RULES, *FILE_RULES, *TRAIN_IMPL_RULES, *LATER_RULES]:
         if complete or any(options.has(key) for key in keys):
             rule(options, out)
     return out

@@ -8,8 +8,13 @@ FULL = ("global", "flash")
 """Kinds that compute full causal attention; only their kernels differ."""
 SPARSE = frozenset({"local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"})
 """DeepSpeed's patterns of blocks."""
-OTHER_BLOCKS = {"gmlp": "gMLP", "amlp": "aMLP", "rwkv": "RWKV", "mamba": "Mamba"}
-"""Kinds that are blocks of other families, by their names."""
+OTHER_BLOCKS = {"gmlp": "gmlp", "amlp": "amlp", "rwkv": "rwkv6", "mamba": "mamba"}
+"""Kinds that are layers without attention, and their names in `model.pattern`."""
+ATTENTION = "attention"
+"""The name there of a layer with attention."""
+UNGATED = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu"}
+"""Gated activation -> its function alone, where there is one. GPT-NeoX's experts and gMLP have no
+gate."""
 Items = list[tuple[list[Any], int | None]]
 
 
@@ -31,8 +36,15 @@ def attention_kinds(o: NeoxOptions, out: NeoxReading) -> list[str]:
     kinds = expanded(items, o["num_layers"])
     if not right_kinds(kinds, out) or not right_number(items, o["num_layers"], out):
         return ["global"]
-    ours = ["global" if kind in FULL else str(kind) for kind in kinds]
+    # Layers without attention have a place in the list too, by which the others are counted.
+    ours = ["global" if kind in (*FULL, *OTHER_BLOCKS) else str(kind) for kind in kinds]
     return shortest(ours)
+
+
+def block_pattern(o: NeoxOptions) -> list[str]:
+    """Our kind of each layer in turn, as the shortest list that repeats to them."""
+    kinds = layer_kinds(o) or [ATTENTION]
+    return shortest([OTHER_BLOCKS.get(kind, ATTENTION) for kind in kinds])
 
 
 def layer_kinds(o: NeoxOptions) -> list[str]:
@@ -44,25 +56,24 @@ def layer_kinds(o: NeoxOptions) -> list[str]:
     return [str(kind) for kind in expanded(items, o["num_layers"])]
 
 
+def has_attention(o: NeoxOptions) -> bool:
+    """Whether a layer has attention, and with it an MLP."""
+    kinds = layer_kinds(o)
+    return not kinds or not OTHER_BLOCKS.keys() >= set(kinds)
+
+
 def right_kinds(kinds: list[Any], out: NeoxReading) -> bool:
     """Whether all kinds are known here; else a problem says which is not."""
     names = sorted({str(kind) for kind in kinds})
-    others = [name for name in names if name in OTHER_BLOCKS]
     unknown = [name for name in names if name not in (*FULL, *SPARSE, *OTHER_BLOCKS)]
-    for name in others:
-        wrong(
-            out,
-            f"attention type {name} in attention_config: {OTHER_BLOCKS[name]} layers are not"
-            " supported yet",
-        )
     if unknown:
-        menu = ", ".join((*FULL, *sorted(SPARSE)))
+        menu = ", ".join((*FULL, *sorted(SPARSE), *OTHER_BLOCKS))
         wrong(
             out,
             f"unknown attention type {', '.join(unknown)} in attention_config; choose one of"
             f" {menu}",
         )
-    return not others and not unknown
+    return not unknown
 
 
 def right_number(items: Items, layers: int | None, out: NeoxReading) -> bool:

@@ -149,6 +149,26 @@ HONOURED: dict[str, Honoured] = {
     "min_lr": Honoured("schedule.min_lr", "number", 0.0, plain=True),
     "scheduler": Honoured("schedule.name", "dict"),
     "use_checkpoint_lr_scheduler": Honoured("schedule.name", "bool", False),
+    "moe_num_experts": Honoured("model.moe.experts", "int", 1),
+    "moe_top_k": Honoured("model.moe.top_k", "int", 1),
+    "moe_expert_interval": Honoured("model.moe.interval", "int", 1),
+    "moe_router_type": Honoured("model.moe.router", "str", "sinkhorn"),
+    "moe_jitter_eps": Honoured("model.moe.jitter", "number", 0.0),
+    # Names of GPT-NeoX before June 2025, with its defaults of then.
+    "expert_interval": Honoured("model.moe.interval", "int", 2),
+    "moe_type": Honoured("model.moe", "str", "megablocks"),
+    "moe_loss_coeff": Honoured("model.moe.balance_loss", "number", 0.1),
+    "moe_token_dropping": Honoured("model.moe.capacity_factor", "bool", False),
+    "moe_train_capacity_factor": Honoured("model.moe.capacity_factor", "number", 1.0),
+    "moe_eval_capacity_factor": Honoured("model.moe.eval_capacity_factor", "number", 1.0),
+    "moe_min_capacity": Honoured("model.moe.min_capacity", "int", 4),
+    "moe_use_residual": Honoured("model.moe.residual", "bool", True),
+    "moe_expert_parallel_size": Honoured("parallel.ep", "int", 1),
+    "enable_expert_tensor_parallelism": Honoured("model.moe.split_over_tp", "bool", False),
+    "mamba_use_bias_in_conv": Honoured("model.mamba.conv_bias", "bool", True),
+    "mamba_use_bias_in_linears": Honoured("model.mamba.bias", "bool", False),
+    "dim_att": Honoured("model.rwkv6.attention_size", "int"),
+    "gmlp_attn_dim": Honoured("model.gmlp.attention_size", "int", 64),
     "use_mup": Honoured("model.mup.base_width", "bool", False),
     "base_shapes_file": Honoured("model.mup.base_width", "str"),
     "save_base_shapes": Honoured("model.mup.base_width", "bool", False),
@@ -206,13 +226,11 @@ NO_REWARDS = "delete it; a run has no test data"
 OTHER_REWARDS = (
     "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 )
-NO_MOE = "mixture-of-experts layers are not supported yet; delete it, and every layer is dense"
 
 REFUSED: dict[str, Refused] = {
     "validation_based_reward": Refused(OFF, OTHER_REWARDS),
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
-    "moe_num_experts": Refused((None, 0, 1), NO_MOE),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
     "compression_training": Refused((None, {}), "delete it"),
@@ -233,12 +251,13 @@ IGNORED: dict[str, str] = {
         scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion
         layernorm_fusion rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu
         mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
-        te_columnparallel te_rowparallel te_mha onnx_safe
+        te_columnparallel te_rowparallel te_mha onnx_safe use_tutel
         output_layer_parallelism rotary_save_freqs_buffer""",
     "arithmetic that is the same or better here": """
         apply_query_key_layer_scaling attention_softmax_in_fp32 prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type
-        use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce dpo_fp32""",
+        use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce dpo_fp32
+        moe_lbl_in_fp32 mamba_selective_fp32_params""",
     "the run writes its answers itself; neither weights nor data are served": """
         serve_model_weights weight_server_port online_dataserver_ips online_dataserver_ports""",
     "placement in memory and on devices": """
@@ -270,21 +289,14 @@ IGNORED: dict[str, str] = {
         world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter
         zero_contiguous_gradients zero_reduce_bucket_size zero_allgather_bucket_size lr
         padded_vocab_size batch_size clip_grad dynamic_loss_scale do_train do_valid do_test
-        global_num_gpus curriculum_seqlen""",
+        global_num_gpus curriculum_seqlen head_size ffn_dim""",
     "rows and weights follow from seed and step; a checkpoint has no random state": "no_load_rng",
     SCALING: "loss_scale loss_scale_window hysteresis min_scale",
     "GPT-NeoX itself never reads it": """
-        use_bias_in_norms num_unique_layers param_sharing_style short_seq_prob
-        moe_lbl_in_fp32""",
-    "belongs to an option that is not in use": """
-        gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
-        dim_att head_size ffn_dim
-        kto_fp32
-        moe_expert_interval moe_top_k
-        moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
-        enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping
-        moe_min_capacity moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual
-        moe_glu create_moe_param_group use_tutel""",
+        use_bias_in_norms num_unique_layers param_sharing_style short_seq_prob""",
+    "GPT-NeoX itself never reads it; a gated activation gates experts too": "moe_glu",
+    "experts are in the one gradient norm with all other weights": "create_moe_param_group",
+    "belongs to an option that is not in use": "kto_fp32",
     "the base width of μP is a number here, model.mup.base_width": "mup_width_scale",
     "a run resumes with its own schedule; one that begins with `load` has that of the file": """
         override_lr_scheduler""",

@@ -1,6 +1,6 @@
 """Rules for the GPT-NeoX options that shape the model: widths, norms, positions, attention."""
 
-from castalia.config.neox_attention import SPARSE, attention_kinds, layer_kinds
+from castalia.config.neox_attention import SPARSE, attention_kinds, has_attention, layer_kinds
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
 
 INITS = (
@@ -37,6 +37,8 @@ def mlp_width(o: NeoxOptions, out: NeoxReading) -> None:
         wrong(out, "intermediate_size and expansion_factor are both given; keep one")
     # Over a preset with a gated MLP the file's number alone does not say which width is meant.
     if not o.has("hidden_size") or o["activation"] not in (*PLAIN, *GATED):
+        return
+    if not has_attention(o):
         return
     if o["te_layernorm_mlp"]:
         width: int | None = named_width(o)
@@ -293,6 +295,7 @@ def is_llama(o: NeoxOptions) -> bool:
         and (o["pos_emb"], o["rotary_pct"]) == ("rotary", 1)
         and not o["gpt_j_residual"]
         and not o["use_qk_layernorm"]
+        and o["moe_num_experts"] < 2
         and not full
     )
 
