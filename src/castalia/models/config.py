@@ -139,6 +139,12 @@ class TransformerConfig(BlocksConfig):
         return 4 * self.hidden_size
 
     @property
+    def expert_size(self) -> int:
+        """Width inside an expert."""
+        own = None if self.moe is None else self.moe.expert_size
+        return own or self.ffn_size
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.attention_head_dim or self.hidden_size // self.num_attention_heads

@@ -57,6 +57,8 @@ class Costs(NamedTuple):
     where ranks outnumber these heads."""
     whole_parameters: int = 0
     """Weights that every rank of tp holds in full, such as norms."""
+    experts: int = 0
+    """The part of `parameters` that is in experts, of which ranks of parallel.ep hold some each."""
     window: int | None = None
     """Most tokens that a token sees; None means its whole row."""
 

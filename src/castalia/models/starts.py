@@ -183,6 +183,19 @@ class AtWidth:
         return there / math.sqrt(self.ratio) if self.hidden else there
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """A stack of matrices, as of experts, each with the start `each`."""
+
+    each: Start
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw one matrix after the other."""
+        import torch
+
+        return torch.stack([self.each(shape[1:], generator) for _ in range(shape[0])])
+
+
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 

@@ -18,6 +18,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "debug-palm": {"family": "palm", "intermediate_size": 352},
     "debug-gpt2": {"family": "gpt2"},
     "debug-olmo2": {"family": "olmo2", "intermediate_size": 352},
+    "debug-moe": {
+        "family": "llama",
+        "num_kv_heads": 2,
+        "intermediate_size": 176,
+        "moe": {"experts": 8, "top_k": 2, "normalize": True},
+    },
     "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
     "debug-mamba": {"family": "mamba"},
 }

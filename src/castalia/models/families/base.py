@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from castalia.core.errors import ConfigError
 from castalia.models.costs import Axes, Costs
 from castalia.models.model_config import ModelConfig
-from castalia.models.starts import ZEROS, AtWidth, Normal, Start
+from castalia.models.starts import ZEROS, AtWidth, Normal, Stacked, Start
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,6 +176,8 @@ class Family(ABC):
         base = config.model_copy(update={"hidden_size": mup.base_width, "mup": None})
         start = self.start_of(base, name)
         hidden = self.is_hidden(config, name)
+        if isinstance(start, Stacked):
+            return Stacked(AtWidth(start.each, config.width_ratio, hidden, mup.init_scale))
         return AtWidth(start, config.width_ratio, hidden, mup.init_scale)
 
     def is_hidden(self, config: ModelConfig, name: str) -> bool:

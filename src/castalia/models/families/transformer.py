@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from castalia.models.config import TransformerConfig
 from castalia.models.costs import Axes, Costs, Stored
@@ -10,7 +10,7 @@ from castalia.models.families.base import Family, LinearPart, NormPart, Parts
 from castalia.models.kinds.base import ATTENTION, KINDS
 from castalia.models.model_config import BlocksConfig
 from castalia.models.sparsity import SAME, SPARSE, SparsityConfig
-from castalia.models.starts import ONES, ZEROS, Normal, Start, drawn
+from castalia.models.starts import ONES, ZEROS, Normal, Stacked, Start, drawn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 
 NO_DECAY = ("*bias", "*norm*.weight")
+EXPERTS = "layers.*.mlp.experts.*"
+"""Stacks of matrices and, with a name that ends in bias, of vectors."""
+BESIDE_EXPERTS = ("layers.*.mlp.shared.*.weight", "layers.*.mlp.dense.*.weight")
+"""MLPs of all tokens in a layer with experts."""
 
 
 class Transformer(Family):
@@ -110,8 +114,11 @@ class Transformer(Family):
             *(start for kind in config.block_kinds for start in KINDS[kind].starts(config)),
             ("*.bias", ZEROS),
             ("*norm*.weight", ONES),
+            ("*.mlp.experts.*_bias", ZEROS),
+            ("*.mlp.experts.down", Stacked(outer)),
+            ("*.mlp.experts.*", Stacked(inner)),
             ("*.attn.out.weight", outer),
-            ("*.mlp.down.weight", outer),
+            ("*.mlp.*down.weight", outer),
             ("*.attn.*.weight", inner),
             ("*.mlp.*.weight", inner),
             ("*embed.weight", inner),
@@ -126,16 +133,18 @@ class Transformer(Family):
             return KINDS[kind].costs(config, layer)
         d = config.hidden_size
         parts = self.parts(config)
-        products = sum(part.outputs * part.inputs for part in parts.linears)
-        biases = sum(part.bias * part.outputs for part in parts.linears)
-        parameters = products + biases + sum(part.parameters for part in parts.norms)
+        mlp = experts_of(config) if config.has_experts(layer) else mlp_of(config)
+        attention = list(attention_linears(config))
+        products = mlp.products + sum(part.outputs * part.inputs for part in attention)
+        own = products_and_biases(attention) + sum(part.parameters for part in parts.norms)
         queries = config.num_attention_heads * config.head_dim
         keys = config.kv_heads * config.head_dim
         projections = 0 if config.fused_qkv else 2 * (keys * d + config.has_qkv_bias * keys)
         return Costs(
-            parameters=parameters,
-            active=parameters,
+            parameters=own + mlp.parameters,
+            active=own + mlp.active,
             products=products,
+            experts=mlp.experts,
             # Scores and weighted sums: 2 multiply-adds a key and dimension, three times with the
             # backward.
             flops_per_key=12 * queries,
@@ -144,7 +153,7 @@ class Transformer(Family):
             cp_width=2 * keys,
             key_heads=config.kv_heads,
             key_parameters=projections,
-            whole_parameters=sum(part.parameters for part in parts.norms),
+            whole_parameters=sum(part.parameters for part in parts.norms) + mlp.whole,
             window=most_keys(config, layer),
         )
 
@@ -184,7 +193,10 @@ class Transformer(Family):
 
     def is_hidden(self, config: TransformerConfig, name: str) -> bool:  # type: ignore[override]
         """Matrices of attention and MLP, and what the kinds of layers name."""
-        hidden = (pattern for kind in config.block_kinds for pattern in KINDS[kind].hidden)
+        if fnmatchcase(name, EXPERTS):
+            return not name.endswith("bias")
+        kinds = (pattern for kind in config.block_kinds for pattern in KINDS[kind].hidden)
+        hidden = (*kinds, *BESIDE_EXPERTS)
         return super().is_hidden(config, name) or any(fnmatchcase(name, p) for p in hidden)
 
     def parts(self, config: TransformerConfig) -> Parts:
@@ -194,16 +206,78 @@ class Transformer(Family):
         return Parts(linears, norms, norm_part(config, "final_norm", "norm"))
 
 
+class MlpCosts(NamedTuple):
+    """What stands between the residual additions of a layer, beside attention."""
+
+    parameters: int
+    active: int
+    products: int
+    experts: int = 0
+    whole: int = 0
+    """Weights that ranks of tp hold in full."""
+
+
+def mlp_of(config: TransformerConfig) -> MlpCosts:
+    """One MLP for all tokens."""
+    linears = list(mlp_linears(config))
+    parameters = products_and_biases(linears)
+    return MlpCosts(parameters, parameters, sum(part.outputs * part.inputs for part in linears))
+
+
+def experts_of(config: TransformerConfig) -> MlpCosts:
+    """Router, experts, and the MLPs beside them."""
+    moe = config.moe
+    assert moe is not None
+    d = config.hidden_size
+    matrices = 3 if config.gated else 2
+    weights = matrices * d * config.expert_size
+    biases = moe.bias * (d + (matrices - 1) * config.expert_size)
+    each = weights + biases
+    beside = moe.shared_gate * d + matrices * d * moe.shared_size
+    beside_biases = (moe.shared_size > 0) * moe.bias * (d + (matrices - 1) * moe.shared_size)
+    if moe.residual:
+        dense = mlp_of(config)
+        beside += dense.products + 2 * d
+        beside_biases += dense.parameters - dense.products + 2
+    router = moe.experts * d
+    balance = moe.experts * (moe.bias_rate > 0)
+    common = router + balance + beside + beside_biases
+    return MlpCosts(
+        parameters=common + moe.experts * each,
+        active=common + moe.top_k * each,
+        products=router + beside + moe.top_k * weights,
+        experts=moe.experts * each,
+        whole=router + balance + moe.shared_gate * d + moe.residual * (2 * d + 2),
+    )
+
+
+def products_and_biases(linears: Sequence[LinearPart]) -> int:
+    """Parameters of some linear layers."""
+    return sum(part.outputs * (part.inputs + part.bias) for part in linears)
+
+
+def inner_numbers(config: TransformerConfig, layer: int) -> int:
+    """What the MLPs of a layer keep of each token between their matrices."""
+    # Of a gated one both inputs and both factors.
+    copies = 4 if config.gated else 2
+    moe = config.moe
+    if moe is None or not config.has_experts(layer):
+        return copies * config.ffn_size
+    # Of each expert also what it reads and what it gives, and the scores.
+    chosen = moe.top_k * (copies * config.expert_size + 2 * config.hidden_size)
+    return chosen + copies * (moe.shared_size + moe.residual * config.ffn_size) + 2 * moe.experts
+
+
 def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
     """What a block keeps of each token for the backward pass."""
     d = config.hidden_size
-    f = config.ffn_size
+    inner = inner_numbers(config, layer)
     queries = heads(config) * config.head_dim
     keys = config.kv_heads * config.head_dim
     # Kept: q, k, v and the attention's output, MLP in and out, of a gated one both inputs and both
     # factors; gathered: both norms' outputs. Selective recompute drops the norms' outputs and what
     # the activation makes.
-    split = 2 * (queries + keys) + (4 * f if config.gated else 2 * f)
+    split = 2 * (queries + keys) + inner
     if config.qk_norm != "none":
         # Before the norm, and before its weight.
         split += 2 * (queries + keys)
@@ -222,7 +296,8 @@ def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
         residual=d,
         split=split,
         gathered=gathered,
-        again_split=2 * f if config.gated else f,
+        # Of experts nothing is kept.
+        again_split=inner if config.has_experts(layer) else inner // 2,
         again_gathered=gathered,
         keys=2 * keys,
         unfused=0 if "layernorm" in config.norm else gathered,

@@ -8,6 +8,7 @@ from castalia.models.config import AttentionKind, TransformerConfig
 from castalia.models.context import Context
 from castalia.models.parts.attention import Attention
 from castalia.models.parts.dropout import ATTENTION_OUT, MLP_OUT, drop_hidden
+from castalia.models.parts.mixture import MixtureMLP
 from castalia.models.parts.mlp import MLP, GatedMLP
 from castalia.models.parts.norms import make_norm
 from castalia.models.state import LayerState
@@ -30,9 +31,13 @@ class TransformerBlock(Block):
         self.norm1 = make_norm(config)
         self.attn = Attention(config)
         self.norm2 = None if config.shared_norm else make_norm(config)
-        kind = GatedMLP if config.gated else MLP
-        self.mlp = kind(config.hidden_size, config.ffn_size, config.activation, config.mlp_bias)
-        self.widest = self.mlp.up.out_features
+        self.mlp: MLP | GatedMLP | MixtureMLP
+        if config.has_experts(layer):
+            self.mlp = MixtureMLP(config)
+        else:
+            kind = GatedMLP if config.gated else MLP
+            self.mlp = kind(config.hidden_size, config.ffn_size, config.activation, config.mlp_bias)
+            self.widest = self.mlp.up.out_features
 
     @property
     def tp_plan(self) -> dict[str, str]:  # type: ignore[override]
