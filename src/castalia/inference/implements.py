@@ -12,7 +12,8 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 
 from castalia.config.base import Config
-from castalia.models.config import Gated, Plain, TransformerConfig
+from castalia.models.activations import Gated, Plain
+from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
 from castalia.models.windows import window
 

@@ -1,7 +1,7 @@
 """The config that all families of attention and MLP blocks share. Names are GPT-NeoX's."""
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -13,17 +13,13 @@ from pydantic import (
 
 from castalia.core.errors import ConfigError
 from castalia.experts.config import MoeConfig
-from castalia.models.kinds.base import ATTENTION
+from castalia.models.activations import GATED, Activation
+from castalia.models.kinds.base import ATTENTION, KINDS
 from castalia.models.model_config import BlocksConfig, ModelConfig
 from castalia.models.problems import option_problems, size_problems
 from castalia.models.scaling import RopeScaling
 from castalia.models.sparsity import SparseKind, SparsityConfig
 
-Plain = Literal["gelu", "gelu_tanh", "relu", "relu2", "softsign", "swish", "silu", "mish"]
-Gated = Literal["geglu", "geglu_tanh", "reglu", "swiglu", "bilinear", "glu"]
-Activation = Plain | Gated
-GATED = frozenset(get_args(Gated))
-"""Activations whose MLP has a third matrix, the gate."""
 MOST_PADDING = 1024
 """Rows of an embedding beyond the tokenizer's ids that pass whatever the size of the vocabulary.
 Published models pad by less than 2%: Phi-2 has 905 such rows of 51,200."""
@@ -260,7 +256,8 @@ class TransformerConfig(BlocksConfig):
         scaling = self.rope_scaling
         scaled = scaling is not None and scaling.original_max_position_embeddings is None
         sparse = set(self.layer_kinds) - {"global", "sliding"}
-        return scaled or self.pos_emb == "learned" or bool(sparse)
+        tables = any(KINDS[kind].depends_on_length for kind in self.block_kinds)
+        return scaled or self.pos_emb == "learned" or bool(sparse) or tables
 
     @model_validator(mode="after")
     def check(self) -> "TransformerConfig":

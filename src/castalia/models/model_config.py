@@ -17,14 +17,21 @@ from pydantic import (
 
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
+from castalia.models.gating import GmlpOptions
 from castalia.models.mup import MupConfig
 from castalia.models.starts import Init
 from castalia.recurrent.options import Mamba2Options, MambaOptions, Rwkv6Options, Rwkv7Options
 
 START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
 """Fields that say where weights come from, with their defaults; they are no part of the model."""
-SECTIONS = ("mamba", "mamba2", "rwkv6", "rwkv7")
-"""Sections of kinds of layers; null means their defaults."""
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "mamba": ("mamba",),
+    "mamba2": ("mamba2",),
+    "rwkv6": ("rwkv6",),
+    "rwkv7": ("rwkv7",),
+    "gmlp": ("gmlp", "amlp"),
+}
+"""Sections of kinds of layers, and the kinds that read each; null means their defaults."""
 UNSET = (*START, "mup", "moe", "pattern", *SECTIONS)
 """Fields that a file has only where they are set."""
 
@@ -161,6 +168,8 @@ class BlocksConfig(ModelConfig):
     """Layers of RWKV 6; null means the defaults of the section."""
     rwkv7: Rwkv7Options | None = None
     """Layers of RWKV 7; null means the defaults of the section."""
+    gmlp: GmlpOptions | None = None
+    """Layers of gMLP and aMLP; null means the defaults of the section."""
 
     FREE_AT_START: ClassVar[frozenset[str]] = ModelConfig.FREE_AT_START | {
         "init_method",

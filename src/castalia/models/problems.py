@@ -89,8 +89,8 @@ def kind_problems(config: "TransformerConfig") -> Iterator[str]:
             names = (ATTENTION, *KINDS)
             yield f"pattern has {name!r}; choose from {', '.join(names)}{nearest(name, names)}"
             return
-    for name in SECTIONS:
-        if getattr(config, name) is not None and name not in config.block_kinds:
+    for name, readers in SECTIONS.items():
+        if getattr(config, name) is not None and not set(readers) & set(config.block_kinds):
             yield f"{name} is set, and no layer is of this kind; add it to pattern, or remove it"
     for name in config.block_kinds:
         yield from KINDS[name].problems(config)

@@ -97,6 +97,47 @@ class KVCache(LayerState):
         self.v[list(rows), :, :tokens] = other.v[:, :, :tokens]
 
 
+class PositionCache(LayerState):
+    """One vector of each token, by position, in the manner of `KVCache`.
+
+    Shapes  kept (B, max_length, W).
+    """
+
+    rewinds = True
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.kept = torch.zeros(shape, dtype=dtype, device=device)
+
+    def append(self, new: Tensor) -> Tensor:
+        """Write T new vectors (B, T, W); return those of all tokens so far (B, slots, W)."""
+        owner = self.owner
+        T = new.shape[1]
+        end = owner.longest + T
+        if owner.ragged:
+            rows = torch.arange(len(new), device=new.device)[:, None]
+            self.kept[rows, owner.positions(T)] = new.to(self.kept.dtype)
+        else:
+            self.kept[:, owner.longest : end] = new
+        return self.kept[:, :end]
+
+    def first_rows(self, count: int) -> "PositionCache":
+        """See `LayerState`."""
+        first = copy(self)
+        first.kept = self.kept[:count]
+        return first
+
+    def copy_row(self, origin: int, target: int, tokens: int) -> None:
+        """See `LayerState`."""
+        self.kept[target, :tokens] = self.kept[origin, :tokens]
+
+    def write_rows(self, rows: Sequence[int], other: LayerState, tokens: int) -> None:
+        """See `LayerState`."""
+        assert isinstance(other, PositionCache)
+        self.kept[list(rows), :tokens] = other.kept[:, :tokens]
+
+
 class RecurrentState(LayerState):
     """What a recurrence remembers: tensors (B, ...) of a size that no token changes, by name."""
 

@@ -26,9 +26,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
     "debug-mamba": {"family": "mamba"},
+    "debug-gmlp": {"family": "gmlp", "gmlp": {"inner_size": 384}},
+    "debug-amlp": {"family": "amlp", "gmlp": {"inner_size": 384, "attention_size": 32}},
 }
 """What the section `model` of each has beside the sizes of `debug`."""
-HEADLESS = ("mamba",)
+HEADLESS = ("mamba", "gmlp", "amlp")
 """Families without attention heads."""
 
 

@@ -12,6 +12,7 @@ from castalia.config.base import build
 from castalia.core.registry import Registry
 from castalia.models.families.base import Family
 from castalia.models.families.falcon import Falcon
+from castalia.models.families.gmlp import AmlpFamily, GmlpFamily
 from castalia.models.families.gpt2 import Gpt2
 from castalia.models.families.llama import Llama
 from castalia.models.families.mamba import MambaFamily
@@ -30,6 +31,8 @@ for family in (
     MambaFamily(),
 ):
     FAMILIES.register(family.name)(family)
+for one in (GmlpFamily(), AmlpFamily()):
+    FAMILIES.register(one.name)(one)
 
 
 def family_of(config: ModelConfig) -> Family:

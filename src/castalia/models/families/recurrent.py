@@ -1,14 +1,14 @@
 """`Recurrent`: a family whose layers are all of one kind with a state of constant size."""
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
 from castalia.models.costs import Axes, Costs
 from castalia.models.families.base import Family
 from castalia.models.families.transformer import NO_DECAY, norm_part
-from castalia.models.kinds.base import BlockKind
+from castalia.models.kinds.base import KINDS, BlockKind
 from castalia.models.model_config import SECTIONS, BlocksConfig
 from castalia.models.starts import ONES, ZEROS, Start, drawn
 
@@ -24,10 +24,19 @@ class RecurrentConfig(BlocksConfig):
     @model_validator(mode="after")
     def check(self) -> "RecurrentConfig":
         """Sections of other kinds, and what the kind does not compute."""
-        for name in SECTIONS:
-            if getattr(self, name) is not None and name != self.family:
+        for name, readers in SECTIONS.items():
+            if getattr(self, name) is not None and self.family not in readers:
                 raise ValueError(f"{name} is set, and all layers are {self.family}; remove it")
+        for problem in KINDS[self.family].problems(self):
+            raise ValueError(problem)
         return self
+
+    def weights_shape(self) -> dict[str, Any]:
+        """As for every model, with the longest row where it is the size of a weight."""
+        shape = super().weights_shape()
+        if KINDS[self.family].depends_on_length:
+            shape["max_position_embeddings"] = self.max_position_embeddings
+        return shape
 
 
 class Recurrent(Family):

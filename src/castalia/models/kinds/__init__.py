@@ -7,9 +7,14 @@ A kind of another package registers itself in the same way:
 """
 
 from castalia.models.kinds.base import KINDS, BlockKind
+from castalia.models.kinds.gmlp import Amlp, Gmlp
 from castalia.models.kinds.mamba import Mamba
 
-for kind in (Mamba(),):
+for kind in (
+    Mamba(),
+    Gmlp(),
+    Amlp(),
+):
     KINDS.register(kind.name)(kind)
 
 __all__ = ["KINDS", "BlockKind"]

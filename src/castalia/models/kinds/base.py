@@ -1,7 +1,7 @@
 """`BlockKind`: what a kind of layer declares about itself. Needs no torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from castalia.core.registry import Registry
@@ -31,6 +31,8 @@ class BlockKind(ABC):
     """Whether a state can be cut back to a prefix; see castalia.models.state."""
     splits_rows: bool = False
     """Whether ranks may share a row; see `Family`."""
+    depends_on_length: bool = False
+    """Whether max_position_embeddings is the size of a weight."""
 
     @abstractmethod
     def block(self, config: Any, layer: int) -> "Block":
@@ -49,9 +51,9 @@ class BlockKind(ABC):
         """One sentence for each size that the degrees do not divide."""
         return []
 
-    def problems(self, config: Any) -> list[str]:
+    def problems(self, config: Any) -> Iterable[str]:
         """One sentence for each option that does not go with another."""
-        return []
+        return ()
 
 
 KINDS: Registry[BlockKind] = Registry("kind of layer")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.models.config import Activation
+from castalia.models.activations import Activation
 from castalia.models.parts.dropout import Draws, project
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
