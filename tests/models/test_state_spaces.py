@@ -12,6 +12,10 @@ from castalia.models.state import RecurrentState
 SIZES = {"num_layers": 2, "hidden_size": 16, "vocab_size": 61}
 MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"family": "mamba", "mamba": {"state_size": 4}},
+    "mamba2": {
+        "family": "mamba2",
+        "mamba2": {"state_size": 4, "head_size": 4, "groups": 2, "chunk_size": 3},
+    },
 }
 
 

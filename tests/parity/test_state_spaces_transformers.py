@@ -1,4 +1,4 @@
-"""Mamba against the slow path of transformers: logits and gradients, fp32."""
+"""Mamba and Mamba 2 against the slow path of transformers: logits and gradients, fp32."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def make(values: dict[str, Any]) -> Decoder:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights(name, parameter.shape))
-            if name.endswith(("norm.weight", "ssm.D")):
-                parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
+            if name.endswith(("norm.weight", "ssm.D", "ssm.A_log")):
+                parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()).view(parameter.shape))
     return model
 
 
@@ -61,6 +61,46 @@ def theirs_of_mamba(model: Decoder) -> tuple[Any, dict[str, tuple[str, ...]]]:
     return theirs, names
 
 
+def theirs_of_mamba2(model: Decoder) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    """As `theirs_of_mamba`."""
+    config = model.config
+    options = config.mamba2
+    theirs = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_heads=options.heads(config.hidden_size),
+            head_dim=options.head_size,
+            state_size=options.state_size,
+            conv_kernel=options.conv_size,
+            expand=2,
+            n_groups=options.groups,
+            chunk_size=4,
+            use_bias=options.bias,
+            use_conv_bias=options.conv_bias,
+            time_step_limit=options.dt_limit or (0.0, float("inf")),
+            tie_word_embeddings=True,
+        )
+    )
+    names = {"backbone.embeddings.weight": ("embed.weight",)}
+    names["backbone.norm_f.weight"] = ("norm.weight",)
+    for i in range(config.num_layers):
+        mixer = f"layers.{i}.mixer"
+        there = f"backbone.layers.{i}"
+        names[f"{there}.norm.weight"] = (f"layers.{i}.norm.weight",)
+        names[f"{there}.mixer.norm.weight"] = (f"{mixer}.norm.weight",)
+        for kind in ("weight", "bias"):
+            rows = (f"{mixer}.{part}.{kind}" for part in ("z", "x", "B", "C", "dt"))
+            names[f"{there}.mixer.in_proj.{kind}"] = tuple(rows)
+            channels = (f"{mixer}.conv_{part}.{kind}" for part in ("x", "B", "C"))
+            names[f"{there}.mixer.conv1d.{kind}"] = tuple(channels)
+            names[f"{there}.mixer.out_proj.{kind}"] = (f"{mixer}.out.{kind}",)
+        for name in ("A_log", "D", "dt_bias"):
+            names[f"{there}.mixer.{name}"] = (f"{mixer}.ssm.{name}",)
+    return theirs, names
+
+
 def joined(tensors: dict[str, Tensor], names: tuple[str, ...], shape: torch.Size) -> Tensor:
     """Several tensors of ours one below the other, in their shape."""
     return torch.cat([tensors[name] for name in names]).view(shape)
@@ -70,7 +110,20 @@ def joined(tensors: dict[str, Tensor], names: tuple[str, ...], shape: torch.Size
 def test_mamba_computes_what_transformers_does(bias: bool) -> None:
     section = {"state_size": 5, "conv_size": 3, "dt_rank": 2, "bias": bias, "conv_bias": not bias}
     model = make({"family": "mamba", "mamba": section})
-    theirs, names = theirs_of_mamba(model)
+    compare(model, *theirs_of_mamba(model))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mamba2_computes_what_transformers_does(bias: bool) -> None:
+    section = {"state_size": 5, "conv_size": 3, "head_size": 4, "bias": bias, "conv_bias": not bias}
+    # One group of all heads, and four of two heads each with bounded time steps.
+    section |= {"groups": 4, "dt_limit": (0.003, 0.3)} if bias else {"groups": 1}
+    model = make({"family": "mamba2", "mamba2": section})
+    compare(model, *theirs_of_mamba2(model))
+
+
+def compare(model: Decoder, theirs: Any, names: dict[str, tuple[str, ...]]) -> None:
+    """Logits and gradients of both."""
     ours = dict(model.named_parameters())
     parameters = dict(theirs.named_parameters())
     with torch.no_grad():

@@ -193,7 +193,8 @@ added     the same where its output is added to the residual stream, which is a 
 gather    the final norm
 head      the output matrix split by tokens of the vocabulary; the loss uses it
 outputs   parameters split by output features, of a module that takes its own part of them
-inputs    the same by input features; the module sums over the ranks itself
+groups:N  as outputs, for N groups of them; with fewer groups than ranks every rank holds all
+inputs    as outputs, by input features; the module sums over the ranks itself
 """
 
 
@@ -247,6 +248,8 @@ def style_of(how: str, size: int) -> ParallelStyle:
     word, _, heads = how.partition(":")
     if word == "heads":
         return heads_style(int(heads), size)
+    if word == "groups":
+        return WholeParameters() if int(heads) < size else OwnParts("outputs")
     style: ParallelStyle = STYLES[word]()
     return style
 

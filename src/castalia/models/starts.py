@@ -138,6 +138,20 @@ class LogCount:
 
 
 @dataclass(frozen=True)
+class LogUniform:
+    """The logarithm of numbers that are uniform between `least` and `greatest`."""
+
+    least: float
+    greatest: float
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a tensor."""
+        import torch
+
+        return torch.empty(shape).uniform_(self.least, self.greatest, generator=generator).log_()
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same value everywhere."""
 

@@ -26,11 +26,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
     "debug-mamba": {"family": "mamba"},
+    "debug-mamba2": {
+        "family": "mamba2",
+        "mamba2": {"state_size": 32, "head_size": 32, "chunk_size": 32},
+    },
     "debug-gmlp": {"family": "gmlp", "gmlp": {"inner_size": 384}},
     "debug-amlp": {"family": "amlp", "gmlp": {"inner_size": 384, "attention_size": 32}},
 }
 """What the section `model` of each has beside the sizes of `debug`."""
-HEADLESS = ("mamba", "gmlp", "amlp")
+HEADLESS = ("mamba", "mamba2", "gmlp", "amlp")
 """Families without attention heads."""
 
 

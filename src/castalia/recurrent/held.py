@@ -1,17 +1,40 @@
-"""Parameters of channels that ranks of tensor parallelism divide."""
+"""Channels that ranks of tensor parallelism divide, and the parameters of those held here."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-Total = Callable[[Tensor], Tensor]
-"""Sum of a tensor over the ranks that share the channels; differentiable."""
+
+class ChannelShare(Protocol):
+    """This rank's part of the channels, heads or groups; `HeadShare` of castalia.models is one."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that share them."""
+
+    def of(self, count: int) -> slice:
+        """Which of `count` groups are here; fewer than ranks have each group on neighbours."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks; differentiable."""
 
 
-def alone(values: Tensor) -> Tensor:
-    """The sum over the ranks of a rank that holds all channels."""
-    return values
+class AllChannels:
+    """The share of a rank that holds all of them."""
+
+    size = 1
+
+    def of(self, count: int) -> slice:
+        """See `ChannelShare`."""
+        return slice(0, count)
+
+    def total(self, values: Tensor) -> Tensor:
+        """See `ChannelShare`."""
+        return values
+
+
+ALL = AllChannels()
 
 
 def held(parameter: Tensor) -> Tensor:

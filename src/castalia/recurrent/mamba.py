@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.convolution import CausalConvolution, document_starts
-from castalia.recurrent.held import Total, alone, held
+from castalia.recurrent.held import ALL, ChannelShare, held
 from castalia.recurrent.options import MambaOptions
 from castalia.recurrent.selective_scan import scan_step, selective_scan
 
@@ -58,13 +58,13 @@ class MambaMixer(nn.Module):
         x_BTC: Tensor,
         segments: Tensor | None = None,
         kept: dict[str, Tensor] | None = None,
-        total: Total = alone,
+        share: ChannelShare = ALL,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C).
 
         segments  (B, T): document of each token; convolution and state begin anew with each.
         kept      what `remembered` made; the state of the tokens is written into it.
-        total     sum over the ranks that hold the other channels.
+        share     the channels held here.
         """
         x_BTE = self.x(x_BTC)
         z_BTE = self.z(x_BTC)
@@ -72,7 +72,7 @@ class MambaMixer(nn.Module):
         u_BTE = F.silu(self.conv(x_BTE, segments, past))
         if kept is not None:
             kept["conv"] = self.conv.remembered(x_BTE, kept["conv"])
-        dt_BTE, B_BTN, C_BTN = self.selected(u_BTE, total)
+        dt_BTE, B_BTN, C_BTN = self.selected(u_BTE, share)
         A_EN = -torch.exp(held(self.ssm.A_log).float())
         if kept is None:
             starts = document_starts(segments)
@@ -83,10 +83,10 @@ class MambaMixer(nn.Module):
         out_BTC: Tensor = self.out(y_BTE.to(z_BTE.dtype) * F.silu(z_BTE))
         return out_BTC
 
-    def selected(self, u_BTE: Tensor, total: Total) -> tuple[Tensor, Tensor, Tensor]:
+    def selected(self, u_BTE: Tensor, share: ChannelShare) -> tuple[Tensor, Tensor, Tensor]:
         """Time steps (B, T, E) in fp32, and what writes to the state and reads it, (B, T, N)."""
         # Each rank's channels give an addend of all three.
-        both = total(F.linear(u_BTE, held(self.x_proj.weight)))
+        both = share.total(F.linear(u_BTE, held(self.x_proj.weight)))
         low_BTR, B_BTN, C_BTN = both.split([self.rank, self.state, self.state], -1)
         dt_BTE = F.linear(low_BTR, held(self.dt_proj.weight))
         # In fp32: the decay is the exponential of a sum of these over many tokens.

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from castalia.config.base import Config
 
@@ -63,6 +63,16 @@ class Mamba2Options(Config):
     """Greatest time step at the start."""
     dt_floor: PositiveFloat = 1e-4
     """Time steps at the start are not below."""
+    dt_limit: tuple[NonNegativeFloat, PositiveFloat] | None = None
+    """Least and greatest time step at any time; null bounds none."""
+
+    def channels(self, width: int) -> int:
+        """Channels of the scan in a model of this width."""
+        return self.inner_size or 2 * width
+
+    def heads(self, width: int) -> int:
+        """Heads of these channels."""
+        return self.channels(width) // self.head_size
 
 
 class Rwkv6Options(Config):

@@ -16,6 +16,7 @@ from castalia.models.families.gmlp import AmlpFamily, GmlpFamily
 from castalia.models.families.gpt2 import Gpt2
 from castalia.models.families.llama import Llama
 from castalia.models.families.mamba import MambaFamily
+from castalia.models.families.mamba2 import Mamba2Family
 from castalia.models.families.mistral import Mistral
 from castalia.models.families.neox import Neox
 from castalia.models.families.olmo2 import Olmo2
@@ -29,6 +30,7 @@ FAMILIES: Registry[Family] = Registry("model family")
 for family in (
     *(Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()),
     MambaFamily(),
+    Mamba2Family(),
 ):
     FAMILIES.register(family.name)(family)
 for one in (GmlpFamily(), AmlpFamily()):

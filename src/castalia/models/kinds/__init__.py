@@ -9,9 +9,11 @@ A kind of another package registers itself in the same way:
 from castalia.models.kinds.base import KINDS, BlockKind
 from castalia.models.kinds.gmlp import Amlp, Gmlp
 from castalia.models.kinds.mamba import Mamba
+from castalia.models.kinds.mamba2 import Mamba2
 
 for kind in (
     Mamba(),
+    Mamba2(),
     Gmlp(),
     Amlp(),
 ):

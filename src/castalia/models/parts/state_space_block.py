@@ -10,7 +10,7 @@ from castalia.models.context import Context
 from castalia.models.model_config import BlocksConfig
 from castalia.models.parts.norms import make_norm
 from castalia.models.state import RecurrentState
-from castalia.recurrent.held import Total
+from castalia.recurrent.held import ChannelShare
 
 
 class Mixer(Protocol):
@@ -24,7 +24,7 @@ class Mixer(Protocol):
         x_BTC: Tensor,
         segments: Tensor | None,
         kept: dict[str, Tensor] | None,
-        total: Total,
+        share: ChannelShare,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
 
@@ -58,7 +58,7 @@ class StateSpaceBlock(Block):
             assert isinstance(context.state, RecurrentState)
             kept = context.state.kept
         mixer = cast(Mixer, self.mixer)
-        mixed_BTC = mixer(self.norm(x_BTC), context.segments, kept, context.heads.total)
+        mixed_BTC = mixer(self.norm(x_BTC), context.segments, kept, context.heads)
         return x_BTC + mixed_BTC
 
     def new_state(
