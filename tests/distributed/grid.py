@@ -92,7 +92,8 @@ class Row:
     @property
     def processes(self) -> int:
         """How many this row needs."""
-        return int(np.prod(list(self.parallel.values())))
+        # The ranks of ep are taken from those of dp_shard and cp.
+        return int(np.prod([self.parallel[axis] for axis in self.parallel if axis != "ep"]))
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -254,6 +255,26 @@ GRID = [
     Row("cp", "cp=2", "llama with dora, recompute"),
     Row("pp x fsdp", "pp=2 dp_shard=2", "bitfit, 1f1b"),
     Row("tp", "tp=2", "bitfit"),
+    Row("ep", "dp_shard=2 ep=2", "experts, accumulated", core=True),
+    Row("ep x fsdp", "dp_shard=4 ep=2", "experts"),
+    Row("fsdp", "dp_shard=2", "experts"),
+    Row("fsdp", "dp_shard=4", "experts of odd number"),
+    Row("ep x hsdp", "dp_replicate=2 dp_shard=2 ep=2", "experts"),
+    Row("ep x hsdp x cp", "dp_replicate=2 dp_shard=2 cp=2 ep=2", "experts"),
+    Row("tp", "tp=2", "experts"),
+    Row("tp", "tp=2", "split experts, selective"),
+    Row("ep x tp", "dp_shard=2 tp=2 ep=2", "experts"),
+    Row("ep x tp", "dp_shard=2 tp=2 ep=2", "split experts", core=True),
+    Row("ep x tp", "dp_shard=2 tp=2 ep=2", "split experts, compiled"),
+    Row("ep x cp", "cp=2 ep=2", "experts"),
+    Row("ep x cp", "dp_shard=2 cp=2 ep=4", "experts, recompute"),
+    Row("ep x tp x cp", "cp=2 tp=2 ep=2", "split experts"),
+    Row("ep", "dp_shard=2 ep=2", "experts, recompute"),
+    Row("ep", "dp_shard=2 ep=2", "experts, compiled, selective"),
+    Row("pp x ep", "pp=2 dp_shard=2 ep=2", "experts, 1f1b", core=True),
+    Row("pp x ep", "pp=2 dp_shard=2 ep=2", "experts, zero bubble"),
+    Row("pp x ep x tp", "pp=2 dp_shard=2 tp=2 ep=2", "split experts, 1f1b"),
+    Row("pp x ep x cp", "pp=2 cp=2 ep=2", "experts, zero bubble"),
     Row("tp x cp", "cp=2 tp=2", "soft prompt", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "soft prompt, 1f1b"),
 ]
@@ -345,6 +366,13 @@ def draws_of_the_part() -> None:
     decoder.row_positions = wrong
 
 
+def rows_in_order_of_arrival() -> None:
+    """Rows that came from several ranks left in their order, not sorted by expert."""
+    from castalia.distributed import expert_parallel
+
+    expert_parallel.order_of_experts = lambda received, rows: torch.arange(rows)
+
+
 SABOTAGE = {
     "qkv split off head boundaries": off_head_boundaries,
     "row bias on every process": bias_on_every_process,
@@ -354,6 +382,7 @@ SABOTAGE = {
     "the first head of keys": first_key_head,
     "gradients of the own heads": gradient_of_own_heads,
     "dropout counted on each process": draws_of_the_part,
+    "rows of experts as they arrive": rows_in_order_of_arrival,
 }
 """Wrong plans that train without an error."""
 SABOTAGED = [
@@ -365,6 +394,7 @@ SABOTAGED = [
     Row("tp", "tp=4", "llama", wrong="the first head of keys"),
     Row("tp", "tp=2", "gpt2", wrong="gradients of the own heads"),
     Row("tp x cp", "cp=2 tp=2", "llama with dropout", wrong="dropout counted on each process"),
+    Row("ep", "dp_shard=2 ep=2", "experts", wrong="rows of experts as they arrive"),
 ]
 """Each wrong plan in a layout that it breaks; the grid has these rows without it too."""
 

@@ -17,6 +17,7 @@ WRONG = {
     "the first head of keys": "tp=4",
     "gradients of the own heads": "tp=2",
     "dropout counted on each process": "cp=2 tp=2",
+    "rows of experts as they arrive": "dp_shard=2 ep=2",
 }
 """Wrong plans with the degrees of the layout that each breaks."""
 

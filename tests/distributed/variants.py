@@ -108,6 +108,7 @@ PLAIN = {
 ACCUMULATED = ("train.micro_batch_size=3",)
 MICRO = ("train.micro_batch_size=2",)
 SERIAL = ("model.parallel_residual=false",)
+EXPERTS = ("model.moe.experts=4", "model.moe.top_k=2")
 MODELS = {
     "llama": (
         "model.family=llama",
@@ -169,6 +170,9 @@ MODELS = {
         "adapter.rank=4",
         "optim.lr=0.002",
     ),
+    "experts": EXPERTS,
+    "split experts": (*EXPERTS, "model.moe.bias=true", "model.moe.split_over_tp=true"),
+    "experts of odd number": ("model.moe.experts=3", "model.moe.expert_size=48"),
     "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
 }
 """Families and options whose parameters or statistics are laid out in their own way."""

@@ -33,7 +33,7 @@ def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
             f"model.moe.experts {moe.experts} is not divisible by parallel.ep={ep}: each rank holds"
             " an equal part of the experts"
         )
-    width = moe.expert_size or model.ffn_size  # type: ignore[attr-defined]
+    width = model.expert_size  # type: ignore[attr-defined]
     if moe.split_over_tp and width % tp:
         problems.append(
             f"the width {width} of an expert is not divisible by parallel.tp={tp}: with"

@@ -1,4 +1,4 @@
-"""A differentiable all-gather."""
+"""A differentiable all-gather, and its counterpart."""
 
 from typing import Any
 
@@ -19,6 +19,15 @@ def gather(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """
     whole: Tensor = Gather.apply(part, dim, group)
     return whole
+
+
+def sum_and_scatter(addend: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part, along `dim`, of the sum of the addends of all ranks of `group`.
+
+    The backward gives each rank the gradients of all parts.
+    """
+    part: Tensor = SumAndScatter.apply(addend, dim, group)
+    return part
 
 
 class Gather(torch.autograd.Function):
@@ -42,3 +51,22 @@ class Gather(torch.autograd.Function):
         part = torch.empty_like(parts[0])
         REDUCE_SCATTER(part, parts.flatten(0, 1), group=ctx.group)
         return part, None, None
+
+
+class SumAndScatter(torch.autograd.Function):
+    """Reduce-scatter; its backward is an all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, addend: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        """This rank's slice of the sum."""
+        ctx.dim = dim
+        ctx.group = group
+        parts = torch.stack(addend.chunk(group.size(), dim))
+        part = torch.empty_like(parts[0])
+        REDUCE_SCATTER(part, parts.flatten(0, 1), group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, d_part: Tensor) -> tuple[Tensor, None, None]:
+        """The slices of all ranks."""
+        return gather(d_part, ctx.dim, ctx.group), None, None

@@ -1,4 +1,4 @@
-"""Lay one model over the ranks. The order is the contract: TP, CP, compile, FSDP2, materialize,
+"""Lay one model over the ranks. The order is the contract: EP, TP, CP, compile, FSDP2, materialize,
 start.
 
 Each step sees the model as the one before leaves it: FSDP2 must shard what tensor parallelism has
@@ -11,14 +11,17 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch._functorch.config as functorch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from castalia.distributed.boxes import local_boxes
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.context_parallel import share_rows
+from castalia.distributed.expert_parallel import shard_dim, share_experts
 from castalia.distributed.tensor_parallel import split_matrices
 from castalia.distributed.world import World
+from castalia.experts.layer import Experts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,8 +41,8 @@ def parallelize(
     compiled: bool = False,
     policy: MixedPrecisionPolicy | None = None,
 ) -> M:
-    """Split matrices, compile blocks, shard with FSDP2, and allocate the model on the world's
-    device.
+    """Split experts and matrices, compile blocks, shard with FSDP2, and allocate the model on the
+    world's device.
 
     The model comes in on the meta device and leaves with uninitialized weights; `initialize` or a
     checkpoint fills them. It declares `layers` (its blocks) and the `tp_plan` of its modules;
@@ -47,6 +50,8 @@ def parallelize(
     and sums gradients, by default in their own.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
+    if world.mesh is not None:
+        share_experts(model, world)
     if world.mesh is not None and world.degrees.tp > 1:
         split_matrices(model, world.mesh["tp"])
     if world.sequence is not None:
@@ -60,22 +65,59 @@ def parallelize(
         for layer in layers:
             layer.compile()
     if world.mesh is not None:
-        # A 2-D mesh means HSDP: sharded along its last axis, replicated along its first.
-        mesh = world.mesh["dp_shard"]
-        if config.dp_replicate > 1:
-            mesh = world.mesh["dp_replicate", "dp_shard"]
-        # A split backward comes back to a block's weights for their gradients. FSDP2 gathers them
-        # for the first half only, so they must stay gathered between the two.
-        reshard = config.reshard_after_forward and not config.splits_backward
-        policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-        # The loss uses the head outside the model's own forward, so the root keeps its weights
-        # gathered until the backward.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        sum_gradients(model)
+        shard(model, world, config, policy or MixedPrecisionPolicy(cast_forward_inputs=False))
     model.to_empty(device=world.device)
     return model
+
+
+def shard(
+    model: nn.Module, world: World, config: ParallelConfig, policy: MixedPrecisionPolicy
+) -> None:
+    """Wrap the blocks and the model with FSDP2; experts that ranks split have a mesh of their
+    own."""
+    assert world.mesh is not None
+    layers: nn.ModuleList = model.layers  # type: ignore[assignment]
+    # A split backward comes back to a block's weights for their gradients. FSDP2 gathers them for
+    # the first half only, so they must stay gathered between the two.
+    reshard = config.reshard_after_forward and not config.splits_backward
+    mesh = data_mesh(world.mesh, config, "dp_shard")
+    stacks = [module for module in model.modules() if isinstance(module, Experts)]
+    placement = expert_placement(stacks, world.degrees.expert_shards)
+    if world.experts is not None:
+        for stack in stacks:
+            fully_shard(
+                stack,
+                mesh=data_mesh(world.experts, config, "expert_shard"),
+                reshard_after_forward=reshard,
+                shard_placement_fn=placement,
+                mp_policy=policy,
+            )
+    for layer in layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=reshard,
+            shard_placement_fn=placement,
+            mp_policy=policy,
+        )
+    # The loss uses the head outside the model's own forward, so the root keeps its weights
+    # gathered until the backward.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    sum_gradients(model)
+
+
+def data_mesh(mesh: DeviceMesh, config: ParallelConfig, axis: str) -> DeviceMesh:
+    """The ranks over which weights are sharded, along the last axis of the mesh, and copied."""
+    # A 2-D mesh means HSDP: sharded along its last axis, replicated along its first.
+    return mesh["dp_replicate", axis] if config.dp_replicate > 1 else mesh[axis]
+
+
+def expert_placement(stacks: list[Experts], shards: int) -> Callable[[nn.Parameter], Shard] | None:
+    """Which dim of the experts' parameters FSDP2 shards; None for a model without experts."""
+    dims = {p: shard_dim(shards, p) for stack in stacks for p in stack.parameters()}
+    if not dims:
+        return None
+    return lambda parameter: Shard(dims.get(parameter, 0))
 
 
 def sum_gradients(model: nn.Module) -> None:

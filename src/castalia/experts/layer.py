@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from castalia.experts.local import local_part
 from castalia.experts.products import grouped_product
 
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -28,14 +29,29 @@ class Exchange(Protocol):
 class WholeRows(Protocol):
     """How a rank that holds some tokens of each row sees the router outputs of all."""
 
-    size: int
-    """Ranks that share a row."""
+    @property
+    def size(self) -> int:
+        """Ranks that share a row."""
 
     def gather(self, part_BTX: Tensor) -> Tensor:
         """All tokens of each row in their order, (B, T, X) -> (B, S, X); without a gradient."""
 
     def own(self, whole_BSX: Tensor) -> Tensor:
         """The tokens of this rank, (B, S, X) -> (B, T, X)."""
+
+
+class SplitWidths(Protocol):
+    """How ranks that each hold a part of every expert's width see the same tokens."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that split the widths."""
+
+    def gather(self, part_BTX: Tensor) -> Tensor:
+        """The tokens of all these ranks, (B, T, X) -> (B, S, X); differentiable."""
+
+    def scatter(self, addend_BSX: Tensor) -> Tensor:
+        """This rank's tokens of the sum over the ranks, (B, S, X) -> (B, T, X)."""
 
 
 def all_here(rows_RC: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
@@ -116,8 +132,12 @@ def with_zeros(x: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E MLPs of one shape, plain or with a gate, as stacks of matrices.
 
-    `exchange` and `rows` are set by castalia.distributed where ranks share experts or rows.
+    `exchange`, `rows` and `widths` are set by castalia.distributed where ranks share experts, rows
+    or the widths of experts; these ranks then split parameters along SPLIT_DIMS.
     """
+
+    SPLIT_DIMS = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
+    """The dim F of each parameter that has one."""
 
     def __init__(
         self,
@@ -128,14 +148,18 @@ class Experts(nn.Module):
         *,
         gated: bool,
         bias: bool,
+        split_over_tp: bool = False,
     ) -> None:
-        """`function` is the activation, of the gate where there is one."""
+        """`function` is the activation, of the gate where there is one; `split_over_tp` lets the
+        ranks of tensor parallelism split the widths."""
         super().__init__()
         self.count = count
         self.function = function
         self.gated = gated
         self.exchange: Exchange = all_here
         self.rows: WholeRows | None = None
+        self.split_over_tp = split_over_tp
+        self.widths: SplitWidths | None = None
         if gated:
             self.gate = nn.Parameter(torch.empty(count, inner, width))
         self.up = nn.Parameter(torch.empty(count, inner, width))
@@ -182,13 +206,11 @@ class Experts(nn.Module):
         expert = torch.repeat_interleave(counts_E, output_size=len(rows))
         # A product, whose gradient adds up in the same order in every run.
         spread = F.one_hot(expert, len(counts_E)).to(rows.dtype)
-        return out + spread @ local_part(bias).to(rows.dtype)
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """The experts held here, as a plain tensor."""
-    part = getattr(parameter, "to_local", None)
-    return parameter if part is None else part()
+        added = spread @ local_part(bias).to(rows.dtype)
+        if self.widths is not None and name == "down":
+            # Every rank adds its share, so that the sum over the ranks has it once.
+            added = added / self.widths.size
+        return out + added
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

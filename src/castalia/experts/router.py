@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.experts.config import MoeConfig
+from castalia.experts.local import local_part
 
 
 class Router(nn.Module):
@@ -35,7 +36,7 @@ class Router(nn.Module):
             x_BTC = x_BTC.float()
             if jitter_BTC is not None:
                 x_BTC = x_BTC * jitter_BTC
-            logits_BTE = F.linear(x_BTC, self.weight.float())
+            logits_BTE = F.linear(x_BTC, local_part(self.weight).float())
             return logits_BTE if self.factor == 1.0 else logits_BTE * self.factor
 
 

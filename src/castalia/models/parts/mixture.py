@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from castalia.experts.decision import decide
 from castalia.experts.layer import Experts
+from castalia.experts.local import local_part
 from castalia.experts.router import Router, scores_of, weights_of
 from castalia.models.config import TransformerConfig
 from castalia.models.parts.dropout import Draws
@@ -17,6 +18,9 @@ class MixtureMLP(nn.Module):
     Router outputs lead to a decision on whole groups of tokens, the decision to a dispatch, and the
     outputs are added up by weights that have a gradient.
     """
+
+    # Experts are no part of it: castalia.distributed splits them over ep as well.
+    tp_plan = {"router": "whole", "shared_gate": "added", "mix": "added"}
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -35,6 +39,7 @@ class MixtureMLP(nn.Module):
             FUNCTIONS[config.activation],
             gated=config.gated,
             bias=moe.bias,
+            split_over_tp=moe.split_over_tp,
         )
         self.shared: MLP | GatedMLP | None = None
         self.shared_gate: nn.Linear | None = None
@@ -67,6 +72,10 @@ class MixtureMLP(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def routed(self, x_BTC: Tensor) -> Tensor:
         """The experts' part, (B, T, C) -> (B, T, C)."""
+        x_BTC = local_part(x_BTC)
+        widths = self.experts.widths
+        if widths is not None:
+            x_BTC = widths.gather(x_BTC)
         logits_BTE: Tensor = self.router(x_BTC)
         B, T, E = logits_BTE.shape
         rows = self.experts.rows
@@ -75,7 +84,8 @@ class MixtureMLP(nn.Module):
             seen = rows.gather(seen)
         if self.moe.group == "pass":
             seen = seen.reshape(1, B * T, E)
-        decision = decide(self.moe, seen, self.router.bias)
+        bias = self.router.bias
+        decision = decide(self.moe, seen, None if bias is None else local_part(bias))
         chosen_BTK = decision.chosen
         kept_BTK = decision.kept
         if rows is not None and self.moe.group == "row":
@@ -91,4 +101,5 @@ class MixtureMLP(nn.Module):
             weights_BTK.reshape(-1, K),
             None if kept_BTK is None else kept_BTK.reshape(-1, K),
         )
-        return out_NC.view_as(x_BTC)
+        out_BTC = out_NC.view_as(x_BTC)
+        return out_BTC if widths is None else widths.scatter(out_BTC)
