@@ -89,6 +89,7 @@ class Pipeline:
     tokens  shape (B, T) of a micro-batch on this rank.
     hidden  shape (B, T, C) of the float32 hidden states between stages; tensor parallelism divides
             T by tp.
+    carried numbers of each token that follow the C channels between stages.
     around  makes the context of a forward pass.
     """
 
@@ -101,6 +102,7 @@ class Pipeline:
         count: int,
         tokens: tuple[int, int],
         hidden: tuple[int, int, int],
+        carried: int = 0,
         around: Around,
     ) -> None:
         assert world.mesh is not None
@@ -111,7 +113,9 @@ class Pipeline:
         }
         self.group = world.mesh["pp"].get_group()
         self.around = around
-        self.hidden = torch.empty(hidden, device="meta", requires_grad=True)
+        self.out = torch.empty(hidden, device="meta", requires_grad=True)
+        between = (*hidden[:-1], hidden[-1] + carried)
+        self.hidden = torch.empty(between, device="meta", requires_grad=True)
         numbers = stage_numbers(config, world.coordinate("pp"))
         self.stages: dict[int, Any] = dict(zip(numbers, stages, strict=True))
         self.schedule = self.make_schedule(
@@ -130,7 +134,7 @@ class Pipeline:
                 config.stages,
                 self.device,
                 input_args=inputs,
-                output_args=self.hidden,
+                output_args=self.out if stage.span.last else self.hidden,
                 group=self.group,
             )
             one.around = self.around

@@ -17,6 +17,9 @@ class Block(nn.Module):
 
     tp_plan: ClassVar[dict[str, str]] = {}
     """How tensor parallelism splits the modules inside, in the words of castalia.distributed."""
+    hands_on: int = 0
+    """Numbers of each token that the block appends to its output for all later blocks, which find
+    them as `Context.carried`; its family declares them as `carries`."""
     widest: int | None = None
     """Width from which selective recompute keeps a matrix product; None keeps attention alone."""
 

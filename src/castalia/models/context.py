@@ -97,6 +97,8 @@ class Context(NamedTuple):
     bias: Tensor | None = None
     """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks
     `heads` which heads are here."""
+    carried: Tensor | None = None
+    """What an earlier block hands on to all later ones, (B, T, numbers); see `Block.hands_on`."""
     state: LayerState | None = None
     """What this block remembers of earlier tokens, when generating; each block gets its own."""
     share: RowShare | None = None

@@ -34,7 +34,8 @@ class Decoder(nn.Module):
 
     With a `span` of castalia.models.stages.split the model is one stage of a pipeline. It holds
     the layers of the span, under the names that the whole model has. A stage without the embedding
-    reads hidden states, a stage without the norm returns them. With tied embeddings the last stage
+    reads hidden states, a stage without the norm returns them, both with what the
+    family `carries` behind their channels. With tied embeddings the last stage
     has a copy of the embedding for its head.
     With `head: score` a Linear of one output, `score`, replaces the head over the vocabulary.
     Raises  ConfigError if a block has a buffer, or a parameter without a declared start value.
@@ -54,6 +55,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.family = family_of(config)
+        self.carries = self.family.carries(config)
         self.span = span or split(config.num_layers, 1)[0]
         # Set by castalia.distributed where ranks share the vocabulary, rows or heads. They lie here
         # and not on the blocks: the context takes them to every block, whatever its family.
@@ -134,7 +136,11 @@ class Decoder(nn.Module):
         context = self.context(tokens, positions, segments, state)
         if draws is not None:
             context = self.drawing(context, draws)
-        x_BTC = self.embedded(tokens, context) if self.span.first else tokens
+        if self.span.first:
+            x_BTC = self.embedded(tokens, context)
+        else:
+            x_BTC, carried = self.parted(tokens)
+            context = context._replace(carried=carried)
         for i, block in enumerate(self.layers):
             # Everything else in the context is the same for all blocks.
             own = context
@@ -144,15 +150,34 @@ class Decoder(nn.Module):
                 # By the number in the whole model: stages of a pipeline draw alike.
                 own = own._replace(draws=context.draws.at(self.span.layers[i]))
             x_BTC = block(x_BTC, own)
+            if block.hands_on:
+                x_BTC, carried = self.parted(x_BTC)
+                context = context._replace(carried=carried)
         if state is not None:
             # Only now: every block wrote its tokens behind the same length.
             state.advance(T)
         if not self.span.last:
-            return x_BTC
+            return self.joined(x_BTC, context.carried)
         normed_BTC: Tensor = self.norm(x_BTC)
         factor = self.config.output_factor
         # On the hidden states: the loss takes the head's weight itself.
         return normed_BTC if factor == 1.0 else normed_BTC * factor
+
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream and what is carried beside it, of one tensor."""
+        if not self.carries:
+            return x, None
+        x_BTC, carried = x.split((self.config.hidden_size, self.carries), -1)
+        return x_BTC, carried
+
+    def joined(self, x_BTC: Tensor, carried: Tensor | None) -> Tensor:
+        """One tensor for the next stage of a pipeline."""
+        if not self.carries:
+            return x_BTC
+        if carried is None:
+            # The block that hands it on is in a later stage.
+            return F.pad(x_BTC, (0, self.carries))
+        return torch.cat([x_BTC, carried], -1)
 
     def embedded(self, tokens: Tensor, context: Context) -> Tensor:
         """The residual stream before the first block, (B, T) int64 -> (B, T, C)."""

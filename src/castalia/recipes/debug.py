@@ -24,6 +24,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 176,
         "moe": {"experts": 8, "top_k": 2, "normalize": True},
     },
+    "debug-rwkv": {"family": "rwkv7", "rwkv7": {"head_size": 32}},
+    "debug-rwkv6": {"family": "rwkv6", "rwkv6": {"head_size": 32}},
     "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
     "debug-mamba": {"family": "mamba"},
     "debug-mamba2": {
@@ -34,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "debug-amlp": {"family": "amlp", "gmlp": {"inner_size": 384, "attention_size": 32}},
 }
 """What the section `model` of each has beside the sizes of `debug`."""
-HEADLESS = ("mamba", "mamba2", "gmlp", "amlp")
+HEADLESS = ("mamba", "mamba2", "gmlp", "amlp", "rwkv6", "rwkv7")
 """Families without attention heads."""
 
 

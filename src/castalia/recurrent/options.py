@@ -1,6 +1,6 @@
 """Sections of `model` for layers with a recurrence. Needs no torch."""
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -92,6 +92,36 @@ class Rwkv6Options(Config):
     norm_epsilon: Annotated[float, Field(gt=0)] | None = None
     """Epsilon of the norm over each head; null means 1e-5 * 64."""
 
+    def inner(self, width: int) -> int:
+        """Channels of the time mixing in a model of this width."""
+        return self.attention_size or width
+
+    def ffn(self, width: int) -> int:
+        """Width inside the channel mixing."""
+        # As GPT-NeoX, megatron/model/rwkv/v6/rwkv.py.
+        return self.ffn_size or int(3.5 * width) // 32 * 32
+
+    def ranks(self, width: int) -> "Ranks6":
+        """Ranks of the matrices that make mixes and decays."""
+        mix = 64 if width >= WIDE else 32
+        return Ranks6(self.mix_rank or mix, self.decay_rank or 2 * mix)
+
+    @property
+    def head_epsilon(self) -> float:
+        """Epsilon of the norm over each head."""
+        return self.norm_epsilon or 64e-5
+
+
+WIDE = 4096
+"""Width from which the published models of RWKV 6 have ranks of twice the size."""
+
+
+class Ranks6(NamedTuple):
+    """Ranks of RWKV 6."""
+
+    mix: int
+    decay: int
+
 
 class Rwkv7Options(Config):
     """RWKV 7, Goose; Peng et al. 2025, arXiv:2503.14456."""
@@ -108,3 +138,32 @@ class Rwkv7Options(Config):
     """Rank of the mix with the first layer's values; null follows from the width."""
     gate_rank: PositiveInt | None = None
     """Rank of the gate; null follows from the width."""
+
+    def ffn(self, width: int) -> int:
+        """Width inside the channel mixing in a model of this width."""
+        return self.ffn_size or 4 * width
+
+    def ranks(self, width: int) -> "Ranks7":
+        """Ranks of the matrices that make decays, rates, mixes of values and gates."""
+        # BlinkDL's rules of the published models, RWKV-LM, RWKV-v5/src/model.py.
+        root = width**0.5
+        return Ranks7(
+            decay=self.decay_rank or rounded(1.8 * root),
+            rate=self.rate_rank or rounded(1.8 * root),
+            value=self.value_rank or rounded(1.3 * root),
+            gate=self.gate_rank or rounded(0.6 * width**0.8),
+        )
+
+
+class Ranks7(NamedTuple):
+    """Ranks of RWKV 7."""
+
+    decay: int
+    rate: int
+    value: int
+    gate: int
+
+
+def rounded(size: float) -> int:
+    """A multiple of 32, at least 32."""
+    return max(32, round(size / 32) * 32)

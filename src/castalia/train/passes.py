@@ -15,6 +15,7 @@ from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages
 from castalia.losses import Loss, LossOut, Scored
+from castalia.models.families import family_of
 from castalia.models.offload import Offload
 from castalia.models.parts.dropout import row_draws
 from castalia.runs.config import RunConfig
@@ -197,6 +198,7 @@ class PipelinedPasses(Passes):
             tokens=(micro, own),
             # Under tensor parallelism stages hand on T / tp tokens of each row.
             hidden=(micro, own // world.degrees.tp, config.model.hidden_size),
+            carried=family_of(config.model).carries(config.model),
             around=self.around,
         )
 

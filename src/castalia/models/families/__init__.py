@@ -22,6 +22,7 @@ from castalia.models.families.neox import Neox
 from castalia.models.families.olmo2 import Olmo2
 from castalia.models.families.palm import Palm
 from castalia.models.families.qwen2 import Qwen2
+from castalia.models.families.rwkv import Rwkv6, Rwkv7
 from castalia.models.model_config import ModelConfig
 
 DEFAULT = "neox"
@@ -31,10 +32,12 @@ for family in (
     *(Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()),
     MambaFamily(),
     Mamba2Family(),
+    GmlpFamily(),
+    AmlpFamily(),
+    Rwkv6(),
+    Rwkv7(),
 ):
     FAMILIES.register(family.name)(family)
-for one in (GmlpFamily(), AmlpFamily()):
-    FAMILIES.register(one.name)(one)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -98,6 +98,13 @@ class Family(ABC):
         """`splits_rows`, of a model whose layers are of several kinds."""
         return self.splits_rows
 
+    def carries(self, config: Any) -> int:
+        """Numbers of each token that travel from block to block beside the residual stream.
+
+        Stages of a pipeline hand on one tensor, in which these follow the stream's channels.
+        """
+        return 0
+
     @abstractmethod
     def block(self, config: Any, layer: int) -> "Block":
         """The block at place `layer`, unsplit, its parameters without values."""

@@ -59,6 +59,10 @@ class Recurrent(Family):
         """As the kind."""
         return self.kind.splits_rows
 
+    def carries(self, config: RecurrentConfig) -> int:
+        """The kind's."""
+        return self.kind.carries(config)
+
     def block(self, config: RecurrentConfig, layer: int) -> "Block":
         """A block of the kind."""
         return self.kind.block(config, layer)

@@ -51,6 +51,10 @@ class Transformer(Family):
         """Only if layers of all kinds can."""
         return all(KINDS[kind].splits_rows for kind in config.block_kinds)
 
+    def carries(self, config: TransformerConfig) -> int:
+        """The most of any kind of layer: one kind at most carries anything."""
+        return max((KINDS[kind].carries(config) for kind in config.block_kinds), default=0)
+
     def block(self, config: TransformerConfig, layer: int) -> "Block":
         """A block of the layer's kind, and of its kind of attention."""
         from castalia.models.parts.transformer import TransformerBlock

@@ -10,12 +10,16 @@ from castalia.models.kinds.base import KINDS, BlockKind
 from castalia.models.kinds.gmlp import Amlp, Gmlp
 from castalia.models.kinds.mamba import Mamba
 from castalia.models.kinds.mamba2 import Mamba2
+from castalia.models.kinds.rwkv6 import Rwkv6Kind
+from castalia.models.kinds.rwkv7 import Rwkv7Kind
 
 for kind in (
     Mamba(),
     Mamba2(),
     Gmlp(),
     Amlp(),
+    Rwkv6Kind(),
+    Rwkv7Kind(),
 ):
     KINDS.register(kind.name)(kind)
 

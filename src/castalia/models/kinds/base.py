@@ -38,6 +38,10 @@ class BlockKind(ABC):
     def block(self, config: Any, layer: int) -> "Block":
         """The block at place `layer`, unsplit, its parameters without values."""
 
+    def carries(self, config: Any) -> int:
+        """Numbers of each token that travel between blocks beside the stream; see `Family`."""
+        return 0
+
     @abstractmethod
     def starts(self, config: Any) -> Sequence[tuple[str, Start]]:
         """Name patterns and start values of what biases (0) and norms (1) do not cover; the first

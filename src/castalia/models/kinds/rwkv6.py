@@ -1,0 +1,122 @@
+"""The kind of layer `rwkv6`. Needs no torch."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from castalia.models.costs import Axes, Costs, Stored
+from castalia.models.kinds.base import BlockKind
+from castalia.models.kinds.rwkv import (
+    HIDDEN,
+    NO_DECAY,
+    ByChannel,
+    Depth,
+    by_layer,
+    head_problems,
+    share,
+    tp_problems,
+)
+from castalia.models.starts import ONES, Start, Uniform
+from castalia.recurrent.options import Rwkv6Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from castalia.models.block import Block
+
+
+class Rwkv6Kind(BlockKind):
+    """RWKV 6. Start values are GPT-NeoX's, megatron/model/rwkv/v6/rwkv.py."""
+
+    name = "rwkv6"
+    no_decay = NO_DECAY
+    hidden = HIDDEN
+
+    def block(self, config: Any, layer: int) -> "Block":
+        """See `BlockKind`."""
+        from castalia.models.parts.rwkv_block import Rwkv6Block
+
+        return Rwkv6Block(config, layer)
+
+    def starts(self, config: Any) -> Sequence[tuple[str, Start]]:
+        """See `BlockKind`."""
+        options = sizes(config)
+        d = config.hidden_size
+        # torch's own start of a Linear: uniform within one over the root of the inputs.
+        inner = options.inner(d)
+        width = Uniform(d**-0.5)
+
+        def of_layer(depth: Depth) -> Iterator[tuple[str, Start]]:
+            yield from mixes(depth)
+            for name in ("mix_in", "mix_out", "decay_in", "decay_out"):
+                yield f"att.{name}", Uniform(1e-4)
+            yield "att.output.weight", Uniform(inner**-0.5)
+            yield "ffn.value.weight", Uniform(options.ffn(d) ** -0.5)
+            yield "att.norm.weight", ONES
+            for name in ("att.receptance", "att.key", "att.value", "att.gate"):
+                yield f"{name}.weight", width
+            for name in ("ffn.receptance", "ffn.key"):
+                yield f"{name}.weight", width
+
+        return list(by_layer(config, self.name, of_layer))
+
+    def costs(self, config: Any, layer: int) -> Costs:
+        """See `BlockKind`."""
+        options = sizes(config)
+        d = config.hidden_size
+        inner = options.inner(d)
+        f = options.ffn(d)
+        ranks = options.ranks(d)
+        low = 10 * ranks.mix * d + ranks.decay * (d + inner)
+        products = low + 5 * d * inner + 2 * d * f + d * d
+        # Six mixes of time and two of channels; decay, bonus and the norm of the heads; two norms.
+        vectors = 8 * d + 4 * inner + 4 * d
+        first = 2 * d if layer == 0 else 0
+        parameters = products + vectors + first
+        return Costs(
+            parameters=parameters,
+            active=parameters,
+            products=products,
+            # Writing to the state, decaying it and reading it: 3 multiply-adds for each of its
+            # numbers, three times with the backward. Source  GPT-NeoX, megatron/logging.py.
+            flops_per_key=18 * inner * options.head_size,
+            window=1,
+            kept=Stored(residual=d, split=kept_numbers(d, inner, f), gathered=2 * d),
+            whole_parameters=parameters,
+        )
+
+    def divides(self, config: Any, degrees: Axes) -> list[str]:
+        """See `BlockKind`."""
+        return tp_problems(self.name, degrees)
+
+    def problems(self, config: Any) -> list[str]:
+        """See `BlockKind`."""
+        options = sizes(config)
+        return head_problems(self.name, options.inner(config.hidden_size), options.head_size)
+
+
+def sizes(config: Any) -> Rwkv6Options:
+    """The section, or its defaults."""
+    return config.rwkv6 or Rwkv6Options()
+
+
+def mixes(depth: Depth) -> Iterator[tuple[str, Start]]:
+    """Mixes with the token before, decays and bonuses, which depend on the channel alone."""
+    for name in ("mix_x", "mix_w", "mix_k"):
+        yield f"att.{name}", depth.mix(1.0)
+    yield "att.mix_v", depth.mix(1.0, less=0.3 * depth.up)
+    for name in ("mix_r", "mix_g"):
+        yield f"att.{name}", depth.mix(0.5)
+    for name in ("mix_k", "mix_r"):
+        yield f"ffn.{name}", depth.mix(1.0)
+
+    def bonus(n: "Tensor") -> "Tensor":
+        return depth.up * (1 - share(n)) + ((n + 1) % 3 - 1) * 0.1
+
+    yield "att.decay", ByChannel(lambda n: -6 + 5 * share(n) ** (0.7 + 1.3 * depth.up))
+    yield "att.bonus", ByChannel(bonus)
+
+
+def kept_numbers(d: int, inner: int, f: int) -> int:
+    """What a block keeps of each token for the backward pass, beside the outputs of its norms."""
+    # Eight inputs of matrices, what these make, factors of the chunks, and both halves of the MLP.
+    return 20 * d + 20 * inner + 2 * f
