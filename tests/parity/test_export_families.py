@@ -30,6 +30,7 @@ GROUPED = {"num_kv_heads": 2}
 SERIAL = {"parallel_residual": False, "shared_norm": False}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 ALIBI = {"pos_emb": "alibi", "alibi_scaled": True}
+MOE = {"experts": 4, "top_k": 2, "expert_size": 96}
 EXACT = {"ct2": "float32", "gguf": "F32"}
 
 
@@ -95,6 +96,19 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
         False,
     ),
     "palm": ("palm", {}, "stablelm", True),
+    "mixtral": (
+        "mistral",
+        GROUPED | {"sliding_window": None, "moe": MOE | {"normalize": True}},
+        "llama",
+        False,
+    ),
+    "olmoe": ("llama", {"qk_norm": "width", "moe": MOE}, "olmoe", False),
+    "qwen2moe": (
+        "qwen2",
+        GROUPED | {"moe": MOE | {"shared_size": 64, "shared_gate": True}},
+        "qwen2moe",
+        False,
+    ),
 }
 """Family and options; llama.cpp's architecture, None if it has none; whether CTranslate2 has it."""
 UNREAD = {

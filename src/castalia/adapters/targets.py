@@ -34,11 +34,10 @@ def is_target(name: str, role: str | None, targets: Sequence[str]) -> bool:
 
 def linear_names(model: ModelConfig) -> Iterator[tuple[str, LinearPart]]:
     """Names and parts of all linear layers of the blocks; none of a family without parts."""
-    parts = family_of(model).parts(model)
-    if parts is None:
-        return
+    family = family_of(model)
     for layer in range(model.num_layers):
-        for part in parts.linears:
+        parts = family.parts_at(model, layer)
+        for part in () if parts is None else parts.linears:
             yield f"layers.{layer}.{part.place}", part
 
 

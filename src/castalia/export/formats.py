@@ -58,10 +58,15 @@ def padding_id(source: SavedModel) -> int | None:
     return next((i for i in found if i not in source.special.end_ids), None)
 
 
-def widths(config: ModelConfig) -> tuple[int, int]:
-    """Inputs of a transformer's matrices: the widths of the residual stream and inside the MLP."""
+def widths(config: ModelConfig) -> list[int]:
+    """Inputs of a transformer's matrices: the widths of the residual stream, inside the MLP, and
+    inside the experts and the MLP beside them."""
     transformer = require_transformer(config, "a packed format")
-    return transformer.hidden_size, transformer.ffn_size
+    out = [transformer.hidden_size, transformer.ffn_size]
+    if transformer.moe is not None:
+        out[1] = transformer.expert_size
+        out += [transformer.moe.shared_size] if transformer.moe.shared_size else []
+    return out
 
 
 @EXPORTS.register("hf")
@@ -183,10 +188,11 @@ class Native(Format):
         if reason is not None:
             return reason
         cell = CELLS[numbers]
-        width, inner = widths(config)
-        if width % cell or inner % cell:
+        sizes = widths(config)
+        if any(size % cell for size in sizes):
+            listed = " and ".join(map(str, sizes))
             return (
-                f"{numbers} packs {cell} inputs together; the model is {width} and {inner} wide;"
+                f"{numbers} packs {cell} inputs together; the model is {listed} wide;"
                 " choose another quantization"
             )
         return None
@@ -236,11 +242,12 @@ class Gguf(Format):
         reason = super().refuses(config, numbers)
         if reason is not None or numbers not in BLOCKED:
             return reason
-        width, inner = widths(config)
-        if width % BLOCK or inner % BLOCK:
+        sizes = widths(config)
+        if any(size % BLOCK for size in sizes):
+            listed = " and ".join(map(str, sizes))
             return (
-                f"{numbers} needs widths in multiples of {BLOCK}; the model has {width} and"
-                f" {inner}; choose F16"
+                f"{numbers} needs widths in multiples of {BLOCK}; the model has {listed};"
+                " choose F16"
             )
         model = require_transformer(config, cls.program)
         heads = model.num_attention_heads * model.head_dim

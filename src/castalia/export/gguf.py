@@ -30,6 +30,8 @@ KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
 """ggml_type of the matrices; biases and norms are F32."""
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 QUANTIZATIONS = tuple(KINDS)
+ROUTER = "ffn_gate_inp"
+"""Of routers, which llama.cpp's own converter stores in F32: a rounded score is another expert."""
 BLOCKED = ("Q8_0", "Q4_0")
 """Quantizations in blocks of weights, which must divide the rows of every matrix."""
 
@@ -68,8 +70,9 @@ def write_gguf(
 
 
 def kind_of(name: str, tensor: Tensor, quantization: str) -> str:
-    """How a tensor is stored: vectors and positions always in F32."""
-    return quantization if tensor.dim() == 2 and name != POSITIONS else "F32"
+    """How a tensor is stored: vectors, positions and routers always in F32."""
+    exact = name == POSITIONS or ROUTER in name
+    return quantization if tensor.dim() > 1 and not exact else "F32"
 
 
 def size_of(tensor: Tensor, kind: str) -> int:

@@ -4,7 +4,7 @@ Source  llama.cpp, gguf-py/gguf/constants.py (names), src/llama-model.cpp (what 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from castalia.export.part_rules import (
     plain_norms,
     row_order,
 )
-from castalia.inference.gguf_architectures import Architecture, architecture_of
+from castalia.inference.gguf_architectures import SHARED_GATE, Architecture, architecture_of
 from castalia.models.config import TransformerConfig, require_transformer
 from castalia.models.families import build_model_config
 from castalia.models.families.base import LinearPart
@@ -96,7 +96,20 @@ def gguf_keymap(config: TransformerConfig) -> KeyMap:
         rules += linear_rules(parts, architecture.names, pattern, pairs_adjacent(config))
     else:
         rules += linear_rules(parts, architecture.names, pattern)
+    rules += expert_rules(config, architecture)
     return KeyMap("GGUF", rules, layers=config.num_layers)
+
+
+def expert_rules(config: TransformerConfig, architecture: Architecture) -> Iterator[Rule]:
+    """The rules of a block's experts, which both sides hold in one tensor for each matrix."""
+    if config.moe is None:
+        return
+    assert architecture.mixture is not None, "refusal was not asked"
+    for ours, name in architecture.mixture.names.items():
+        how = Transform(lambda row: row[0], lambda row: row[None])
+        if name != SHARED_GATE:
+            how = Transform()
+        yield Rule(f"layers.{{i}}.mlp.{ours}", f"blk.{{i}}.{name}.weight", how)
 
 
 def norm_places(config: TransformerConfig, architecture: Architecture) -> dict[str, str]:
@@ -192,6 +205,7 @@ def shape_values(config: TransformerConfig) -> Metadata:
         values["attention.max_alibi_bias"] = (FLOAT32, 8.0)
     if config.pos_emb == "rotary":
         values |= rotary_values(config, architecture)
+    values |= expert_values(config)
     width = window(config)
     if width is not None:
         sliding = [config.layer_kind(i) == "sliding" for i in range(config.num_layers)]
@@ -199,6 +213,22 @@ def shape_values(config: TransformerConfig) -> Metadata:
         values["attention.sliding_window_pattern"] = (ARRAY, (BOOL, sliding))
     named: Metadata = {"general.architecture": (STRING, architecture.name)}
     return named | {f"{architecture.name}.{key}": value for key, value in values.items()}
+
+
+def expert_values(config: TransformerConfig) -> Metadata:
+    """Keys of experts; those of Mixtral and OLMoE have the width of the MLP."""
+    moe = config.moe
+    if moe is None:
+        return {}
+    values: Metadata = {
+        "expert_count": (UINT32, moe.experts),
+        "expert_used_count": (UINT32, moe.top_k),
+        "expert_feed_forward_length": (UINT32, config.expert_size),
+        "feed_forward_length": (UINT32, config.expert_size),
+    }
+    if moe.shared_size:
+        values["expert_shared_feed_forward_length"] = (UINT32, moe.shared_size)
+    return values
 
 
 def rotary_values(config: TransformerConfig, architecture: Architecture) -> Metadata:

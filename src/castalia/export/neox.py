@@ -18,14 +18,9 @@ from castalia.checkpoint.tensors import StoredTensors
 from castalia.export.neox_config import TRAINING, NeoxShape, expressed, neox_options
 from castalia.formats.neox.config import CONFIGS
 from castalia.formats.neox.folder import LATEST, layer_file, rank_file, tag_of
-from castalia.formats.neox.layout import (
-    FIRST_BLOCK,
-    NORM_PLACES,
-    QK_NORM,
-    RPE,
-    Key,
-    layout_of,
-)
+from castalia.formats.neox.forms import their_form
+from castalia.formats.neox.layout import NORM_PLACES, layout_of
+from castalia.formats.neox.names import FIRST_BLOCK, RPE, Key
 from castalia.formats.pieces import Layout, Placed, rank_shapes
 from castalia.models.config import TransformerConfig
 from castalia.tokenizers.forms import CHAR, SentencePieceTokenizer
@@ -138,10 +133,8 @@ class ShardWriter:
             if key.layer == layer:
                 out[key] = self.rank_tensor(key, parts, rank)
         out |= self.unused(layer, rank, out)
-        # GPT-NeoX shapes the norm of queries and keys by head.
-        width = self.config.head_dim
         return {
-            key: tensor.view(-1, width) if key.name.startswith(QK_NORM) else tensor
+            key: their_form(key.name, tensor, self.config).contiguous()
             for key, tensor in out.items()
         }
 

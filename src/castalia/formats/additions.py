@@ -104,8 +104,8 @@ def modules_of_layer(
     """The linear layers of one block."""
     places = form.layout(config)
     block = f"{places.base}.{places.block.replace('{i}', str(layer))}"
-    parts = family_of(config).parts(config)
-    assert parts is not None, "transformers declare their parts"
+    parts = family_of(config).parts_at(config, layer)
+    assert parts is not None, "a format has layers of attention alone"
     ours = {part.role: f"layers.{layer}.{part.place}" for part in parts.linears}
 
     def theirs(role: str) -> str:

@@ -16,39 +16,16 @@ from torch import Tensor
 
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
-from castalia.formats.gguf_file import GgufFile, damage_of, read_gguf_file
-from castalia.formats.pieces import Layout, Placed, even, gathered, rotary, runs
+from castalia.formats.gguf_experts import experts_of, shared_of, with_rows
+from castalia.formats.gguf_file import GgufFile, Metadata, damage_of, read_gguf_file
+from castalia.formats.gguf_layout import EMBEDDING, HEAD, gguf_layout
+from castalia.formats.pieces import Layout, gathered
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
-from castalia.models.families import build_model_config, family_of
-from castalia.models.families.base import LinearPart
+from castalia.models.families import build_model_config
 
 SUFFIX = ".gguf"
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-EMBEDDING = "token_embd.weight"
-HEAD = "output.weight"
-POSITIONS = "position_embd.weight"
 FREQUENCIES = "rope_freqs.weight"
-LINEARS = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "attention_out": "attn_output",
-    "mlp_gate": "ffn_gate",
-    "mlp_up": "ffn_up",
-    "mlp_down": "ffn_down",
-}
-NORMS = {
-    "attention_norm": "attn_norm",
-    "mlp_norm": "ffn_norm",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-}
-POST_NORMS = {"attention_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"}
-"""The norms behind the parts of a block, in OLMo 2."""
-FALCON_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
-"""Falcon 40B: the norm that llama.cpp calls the first leads into the MLP."""
-INTERLEAVED = ("llama",)
-"""Architectures whose rotary pairs are neighbouring rows: llama.cpp reorders them."""
 UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd")
 SCALES = ("logit_scale", "embedding_scale", "residual_scale")
 CAPS = ("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping")
@@ -66,37 +43,6 @@ class GgufModel(NamedTuple):
     config: TransformerConfig
     metadata: dict[str, Any]
     files: tuple[Path, ...]
-
-
-class Metadata:
-    """The values of one architecture, by their names without it."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-        self.architecture = str(values.get("general.architecture"))
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A value; of one that is listed for each layer, the one they have in common.
-
-        Raises  ConfigError if layers differ in it.
-        """
-        value = self.values.get(f"{self.architecture}.{name}", default)
-        if not isinstance(value, list):
-            return value
-        if len(set(value)) != 1:
-            raise ConfigError(f"{self.where}: {name} differs between layers, which no family has")
-        return value[0]
-
-    def need(self, name: str) -> Any:
-        """A value that must be there.
-
-        Raises  ConfigError if it is not.
-        """
-        value = self.get(name)
-        if value is None:
-            raise ConfigError(f"{self.where}: {self.architecture}.{name} is missing")
-        return value
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -135,6 +81,7 @@ def read_gguf(
     with damage_of(path):
         opened = [read_gguf_file(file) for file in files]
         tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
+        tensors = with_rows(tensors)
         file = GgufFile(opened[0].metadata, tensors)
         config = gguf_config(file, str(path), vocab_size)
         layout = gguf_layout(config, Metadata(file.metadata, str(path)).architecture, tensors)
@@ -245,8 +192,6 @@ def rope(values: Metadata) -> dict[str, Any]:
 
 def llama(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """LLaMA, Mistral and other models of their blocks."""
-    if values.get("expert_count"):
-        raise ConfigError(f"{values.where} has experts; Castalia reads dense transformers")
     window = values.get("attention.sliding_window")
     own: dict[str, Any] = {
         "family": "llama",
@@ -255,6 +200,10 @@ def llama(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         **rope(values),
     }
+    if values.get("expert_count"):
+        # Mixtral, which is Mistral with experts; it has no window, and a LLaMA has none either.
+        own |= {"family": "mistral", "sliding_window": None}
+        own["moe"] = experts_of(values, tensors, normalize=True)
     if window:
         own |= {"family": "mistral", "sliding_window": window}
     if FREQUENCIES in tensors:
@@ -294,6 +243,18 @@ def qwen(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if "blk.0.attn_q_norm.weight" in tensors:
         own["qk_norm"] = "head"
     return own
+
+
+def qwen2moe(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Qwen 1.5 and 2 MoE."""
+    moe = experts_of(values, tensors, normalize=False) | shared_of(values, tensors)
+    return qwen(values, tensors) | {"moe": moe}
+
+
+def olmoe(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """OLMoE, which is LLaMA with norms of queries and keys and experts."""
+    moe = experts_of(values, tensors, normalize=False)
+    return {"family": "llama", "qk_norm": "width", "moe": moe, **rope(values)}
 
 
 def olmo2(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -361,80 +322,7 @@ ARCHITECTURES: dict[str, Callable[[Metadata, Mapping[str, Tensor]], dict[str, An
     "qwen2": qwen,
     "qwen3": qwen,
     "olmo2": olmo2,
+    "olmoe": olmoe,
+    "qwen2moe": qwen2moe,
 }
 """general.architecture -> what its blocks are in our terms."""
-
-
-def gguf_layout(
-    config: TransformerConfig, architecture: str, tensors: Mapping[str, Tensor]
-) -> Layout:
-    """The place of every weight in the file."""
-    shape = (config.padded_vocab_size, config.hidden_size)
-    out: Layout = {"embed.weight": Placed(EMBEDDING, shape)}
-    if not config.tie_word_embeddings:
-        out["unembed.weight"] = Placed(HEAD, shape)
-    if config.pos_emb == "learned":
-        rows = config.max_position_embeddings + config.learned_offset
-        out["positions.weight"] = Placed(POSITIONS, (rows, config.hidden_size))
-    parts = family_of(config).parts(config)
-    assert parts is not None, "a transformer declares its parts"
-    for kind in parts.final_norm.kinds:
-        out[f"norm.{kind}"] = Placed(f"output_norm.{kind}", (config.hidden_size,))
-    names = dict(NORMS)
-    if config.norm_placement == "post":
-        names |= POST_NORMS
-    if architecture == "falcon" and not config.shared_norm:
-        names |= FALCON_NORMS
-    for layer in range(config.num_layers):
-        for norm in parts.norms:
-            for kind in norm.kinds:
-                key = f"blk.{layer}.{names[norm.role]}.{kind}"
-                out[f"layers.{layer}.{norm.place}.{kind}"] = Placed(key, (norm.width,))
-        for part in parts.linears:
-            out |= linear_layout(config, architecture, tensors, part, layer)
-    return out
-
-
-def linear_layout(
-    config: TransformerConfig,
-    architecture: str,
-    tensors: Mapping[str, Tensor],
-    part: LinearPart,
-    layer: int,
-) -> Layout:
-    """Weight and bias of one linear layer."""
-    spans = even(part.outputs, 1)
-    step = 1
-    fused = f"blk.{layer}.attn_qkv.weight" in tensors
-    name = "attn_qkv"
-    if part.role == "qkv":
-        spans = head_by_head(config)
-    elif part.role in ("q", "k", "v") and fused:
-        keys = config.kv_heads * config.head_dim
-        queries = config.num_attention_heads * config.head_dim
-        spans = even(part.outputs, 1, (0, queries, queries + keys)["qkv".index(part.role)])
-    else:
-        name = LINEARS[part.role]
-        if architecture in INTERLEAVED and part.role in ("q", "k"):
-            spans = rotary(part.outputs // config.head_dim, config.head_dim, 1)
-            step = 2
-    shapes: dict[str, tuple[int, ...]] = {"weight": (part.outputs, part.inputs)}
-    if part.bias:
-        shapes["bias"] = (part.outputs,)
-    return {
-        f"layers.{layer}.{part.place}.{kind}": Placed(
-            f"blk.{layer}.{name}.{kind}", shape, "split", tuple(runs(shape, spans, step))
-        )
-        for kind, shape in shapes.items()
-    }
-
-
-def head_by_head(config: TransformerConfig) -> list[tuple[int, int, int, int]]:
-    """The spans of a fused matrix of ours, head by head, in one of all queries, keys, values."""
-    width = config.head_dim
-    heads = config.num_attention_heads
-    return [
-        (0, (3 * head + which) * width, width, (which * heads + head) * width)
-        for head in range(heads)
-        for which in range(3)
-    ]

@@ -5,7 +5,7 @@ Source  the format's specification, ggml/docs/gguf.md, versions 2 and 3.
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,3 +193,34 @@ def mapped(
         )
     # Bytes first: numpy has no bfloat16.
     return torch.from_numpy(data[start : start + size]).view(dtype).view(shape)
+
+
+class Metadata:
+    """The values of one architecture, by their names without it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+        self.architecture = str(values.get("general.architecture"))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value; of one that is listed for each layer, the one they have in common.
+
+        Raises  ConfigError if layers differ in it.
+        """
+        value = self.values.get(f"{self.architecture}.{name}", default)
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) != 1:
+            raise ConfigError(f"{self.where}: {name} differs between layers, which no family has")
+        return value[0]
+
+    def need(self, name: str) -> Any:
+        """A value that must be there.
+
+        Raises  ConfigError if it is not.
+        """
+        value = self.get(name)
+        if value is None:
+            raise ConfigError(f"{self.where}: {self.architecture}.{name} is missing")
+        return value

@@ -57,8 +57,9 @@ class Placed:
     """Their name."""
     shape: tuple[int, ...]
     """Of ours."""
-    how: Literal["split", "copied", "summed"] = "copied"
-    """split: in pieces. copied: whole on every rank. summed: ours is the sum over the ranks."""
+    how: Literal["split", "copied", "first", "summed"] = "copied"
+    """split: in pieces. copied: whole on every rank. first: the same, and only that of the first
+    rank counts. summed: ours is the sum over the ranks."""
     pieces: tuple[Piece, ...] = ()
 
 
@@ -107,6 +108,17 @@ class MergedTensor:
         return self.merge(self.sources)[part].clone()
 
 
+@dataclass(frozen=True)
+class ZeroTensor:
+    """Zeros in the place of a tensor that another program lacks or leaves out."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        return torch.zeros(box_of(part, self.shape).shape, dtype=self.dtype)
+
+
 def total(copies: Sequence[Tensor]) -> Tensor:
     """The sum over ranks."""
     if len(copies) == 1:
@@ -120,6 +132,11 @@ def mean(copies: Sequence[Tensor]) -> Tensor:
     if all(torch.equal(first, copy) for copy in copies[1:]):
         return first
     return torch.stack([copy.float() for copy in copies]).mean(0).to(first.dtype)
+
+
+def first_copy(copies: Sequence[Tensor]) -> Tensor:
+    """That of the first rank."""
+    return copies[0]
 
 
 def scatter(ours: Tensor, pieces: Sequence[Piece], theirs: Sequence[Tensor]) -> None:
@@ -226,7 +243,8 @@ def stored(placed: Placed, sources: Sequence[Tensor]) -> StoredTensor:
     """One of our tensors over theirs of all ranks."""
     if placed.how == "split":
         return PiecedTensor(placed.shape, sources[0].dtype, placed.pieces, sources)
-    return MergedTensor(sources, total if placed.how == "summed" else mean)
+    merge = {"copied": mean, "first": first_copy, "summed": total}[placed.how]
+    return MergedTensor(sources, merge)
 
 
 def require_known(

@@ -11,6 +11,7 @@ Source  llama.cpp, src/models/*.cpp (the graphs, and which tensors each loads) a
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from castalia.experts.expressing import unexpressed_experts
 from castalia.inference.implements import ATTENTION, SIZES, Values, patterned, unimplemented
 from castalia.models.config import TransformerConfig, require_transformer
 from castalia.models.model_config import ModelConfig
@@ -34,6 +35,8 @@ UNROTATED: dict[str, Values] = {
 """Serial blocks with other positions; what rotation would be says nothing about them."""
 BASE: dict[str, Values] = SIZES | {
     "family": ATTENTION,
+    # `missing_experts` looks at the section.
+    "moe": None,
     # Folded into the embedding and the head.
     "embedding_multiplier": None,
     "output_multiplier": None,
@@ -76,6 +79,34 @@ FUSED_NAMES = NAMES | FUSED
 SPLIT_NAMES = NAMES | SPLIT
 
 
+EXPERTS = {
+    "router.weight": "ffn_gate_inp",
+    "experts.gate": "ffn_gate_exps",
+    "experts.up": "ffn_up_exps",
+    "experts.down": "ffn_down_exps",
+}
+"""Tensors of the experts of a block, by our names inside its MLP; each holds all experts."""
+SHARED = {
+    "shared.gate.weight": "ffn_gate_shexp",
+    "shared.up.weight": "ffn_up_shexp",
+    "shared.down.weight": "ffn_down_shexp",
+    "shared_gate.weight": "ffn_gate_inp_shexp",
+}
+"""Those of the MLP for all tokens."""
+SHARED_GATE = "ffn_gate_inp_shexp"
+"""A vector there, a matrix of one row here."""
+
+
+class Mixture(NamedTuple):
+    """The experts that an architecture computes, in all layers."""
+
+    options: Mapping[str, Values]
+    """Options of `moe` beside the numbers of experts, as in castalia.experts.expressing."""
+    names: Mapping[str, str] = EXPERTS
+    alone: bool = True
+    """Whether it has no form with one MLP."""
+
+
 class Architecture(NamedTuple):
     """One architecture."""
 
@@ -97,6 +128,8 @@ class Architecture(NamedTuple):
     """Whether it reads a factor for each rotary frequency (rope_freqs.weight)."""
     windows: bool = False
     """Whether it reads which layers have a sliding window."""
+    mixture: Mixture | None = None
+    """Its experts, where it has any."""
 
 
 ARCHITECTURES = (
@@ -116,6 +149,7 @@ ARCHITECTURES = (
         square=False,
         adjacent_pairs=True,
         frequency_factors=True,
+        mixture=Mixture({"normalize": (True,), "expert_size": None}, alone=False),
     ),
     Architecture(
         "falcon",
@@ -145,6 +179,22 @@ ARCHITECTURES = (
         SPLIT_NAMES | {"attention_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"},
         head=True,
         windows=True,
+    ),
+    Architecture(
+        "olmoe",
+        SWIGLU | NO_BIASES | {"qk_norm": ("width",)},
+        SPLIT_NAMES,
+        head=True,
+        mixture=Mixture({"expert_size": None}),
+    ),
+    Architecture(
+        "qwen2moe",
+        SWIGLU | NO_BIASES,
+        SPLIT_NAMES,
+        head=True,
+        mixture=Mixture(
+            {"expert_size": None, "shared_size": None, "shared_gate": (True,)}, EXPERTS | SHARED
+        ),
     ),
     Architecture(
         "mpt",
@@ -185,6 +235,10 @@ def preferred(config: TransformerConfig) -> list[Architecture]:
     own = OWN.get(config.family)
     if own == "qwen2" and config.qk_norm == "head":
         own = "qwen3"
+    if own == "qwen2" and config.moe is not None:
+        own = "qwen2moe"
+    if config.moe is not None and config.qk_norm == "width":
+        own = "olmoe"
     return sorted(ARCHITECTURES, key=lambda architecture: architecture.name != own)
 
 
@@ -215,7 +269,21 @@ def lacks(architecture: Architecture, config: TransformerConfig) -> str | None:
             f"engine=llama.cpp does not implement attention_head_dim={config.attention_head_dim}"
             f" of {heads} heads in a width of {config.hidden_size} for {architecture.name}"
         )
-    return missing_form(architecture, config)
+    return missing_experts(architecture, config) or missing_form(architecture, config)
+
+
+def missing_experts(architecture: Architecture, config: TransformerConfig) -> str | None:
+    """The same for experts, of which it may have none, or nothing else."""
+    prefix = f"engine=llama.cpp does not implement {{}} for {architecture.name}"
+    mixture = architecture.mixture
+    moe = config.moe
+    if moe is None:
+        alone = mixture is not None and mixture.alone
+        return prefix.format("layers without experts") if alone else None
+    if mixture is None:
+        return prefix.format(f"moe.experts={moe.experts}")
+    lacking = next(unexpressed_experts(moe, mixture.options), None)
+    return None if lacking is None else prefix.format(lacking)
 
 
 def missing_form(architecture: Architecture, config: TransformerConfig) -> str | None:

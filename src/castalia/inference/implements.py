@@ -32,9 +32,6 @@ START: dict[str, Values] = {
 ATTENTION = ("neox", "llama", "mistral", "falcon", "palm", "gpt2", "olmo2", "qwen2")
 """Families whose blocks are attention and an MLP and nothing else: their options say it all."""
 
-BLOCKS = ("family", "pattern", "moe")
-"""Options that decide what a layer is."""
-
 SIZES: dict[str, Values] = START | {
     "num_layers": None,
     "hidden_size": None,
@@ -104,15 +101,11 @@ attention_config."""
 
 def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:
     """The first option of `config` that `table` lacks, as NAME=VALUE; None if it has them all."""
-    fields = type(config).model_fields
-    # What a layer is comes before its sizes: it says most in one word.
-    for name in sorted(fields, key=lambda name: name not in BLOCKS):
-        field = fields[name]
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in table:
             if value != neutral(name, field):
-                # A section has many values, and none of them is known here.
-                return f"model.{name}" if isinstance(value, Config) else f"{name}={value!r}"
+                return f"{name}={told(value)}"
             continue
         values = table[name]
         if isinstance(value, Config):
@@ -122,6 +115,13 @@ def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | Non
         if values is not None and value not in values:
             return f"{name}={value!r}, only {', '.join(map(repr, values))}"
     return None
+
+
+def told(value: object) -> str:
+    """A value as a sentence names it; of a section what differs from its defaults."""
+    if isinstance(value, Config):
+        return repr(value.model_dump(mode="json", exclude_defaults=True))
+    return repr(value)
 
 
 def neutral(name: str, field: FieldInfo) -> object:

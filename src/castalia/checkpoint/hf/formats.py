@@ -40,6 +40,10 @@ for form in (
     HF.register(form.model_type)(form)
 
 
+WHOLE = frozenset({"moe", "moe=null"})
+"""What an architecture without experts lacks of a model with some, and the other way round."""
+
+
 class Choice(NamedTuple):
     """An architecture, and the options of a model that it lacks."""
 
@@ -67,8 +71,9 @@ def best_format(config: ModelConfig) -> Choice:
             f"no Hugging Face format is known for model family {config.family!r}; known:"
             f" {', '.join(known)}"
         )
-    # The first of those that lack least: `min` keeps the order.
-    return min(choices, key=lambda choice: len(choice.lacks))
+    # The first of those that lack least: `min` keeps the order. Among equals one with experts for a
+    # model with experts, so that the option is named that it lacks of them.
+    return min(choices, key=lambda choice: (len(choice.lacks), not WHOLE.isdisjoint(choice.lacks)))
 
 
 def chosen_format(config: ModelConfig) -> HfFormat:

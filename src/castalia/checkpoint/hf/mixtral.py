@@ -5,7 +5,7 @@ from typing import Any
 
 from castalia.checkpoint.hf.keys import Keys
 from castalia.checkpoint.hf.llama import SHAPE
-from castalia.checkpoint.hf.mixtures import ExpertPlaces, MixtureFormat, expert_width
+from castalia.checkpoint.hf.mixtures import ExpertPlaces, MixtureFormat
 from castalia.models.config import TransformerConfig
 from castalia.models.families.llama import LlamaConfig
 from castalia.models.families.mistral import MistralConfig
@@ -22,7 +22,8 @@ class MixtralFormat(MixtureFormat):
     expresses = SHAPE | {"sliding_window": None, "moe": None}
     mixes = {"normalize": (True,), "expert_size": None}
     usual = {"experts": 8, "top_k": 2, "balance_loss": 0.001}
-    counts = ("num_local_experts", "num_experts")
+    names = {"num_experts": "num_local_experts"}
+    count = "num_local_experts"
     experts = ExpertPlaces(
         "block_sparse_moe.gate.weight",
         {
@@ -51,7 +52,7 @@ class MixtralFormat(MixtureFormat):
         assert config.moe is not None, "lacks was not asked"
         window = config.sliding_window if "sliding" in config.layer_kinds else None
         return super().write_config(config) | {
-            "intermediate_size": expert_width(config),
+            "intermediate_size": config.expert_size,
             "sliding_window": window,
             "router_jitter_noise": config.moe.jitter,
         }
@@ -89,7 +90,7 @@ class OlmoeFormat(MixtureFormat):
     def write_config(self, config: TransformerConfig) -> dict[str, Any]:
         """See `HfFormat`."""
         return super().write_config(config) | {
-            "intermediate_size": expert_width(config),
+            "intermediate_size": config.expert_size,
             "attention_bias": config.attention_bias,
             "clip_qkv": None,
         }

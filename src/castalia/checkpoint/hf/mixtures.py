@@ -9,25 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from castalia.checkpoint.hf.keys import Keys, shown
+from castalia.checkpoint.hf.keys import Keys
 from castalia.checkpoint.hf.llama import LlamaShaped
 from castalia.checkpoint.hf.options import Values
 from castalia.checkpoint.hf.places import rule
 from castalia.checkpoint.keymap import Join, Rule
-from castalia.experts.config import MoeConfig
+from castalia.experts.expressing import unexpressed_experts
 from castalia.models.config import TransformerConfig
 
-IN_TRAINING = frozenset(
-    {
-        "balance_loss",
-        "z_loss",
-        "jitter",
-        "group",
-        "capacity_factor",
-        "split_over_tp",
-    }
-)
-"""Options of `moe` that do not say what a trained model computes."""
 GATE_UP = "mlp.experts.gate_up_proj"
 DOWN = "mlp.experts.down_proj"
 """The tensors of all experts of a layer in transformers 5."""
@@ -63,8 +52,10 @@ class MixtureFormat(LlamaShaped):
     model. Every other must have its default."""
     usual: ClassVar[Mapping[str, Any]]
     """Values of our options of `moe` where the file has none, of those that it may have."""
-    counts: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
-    """Its key for the number of experts, and other spellings that are read."""
+    # transformers itself reads both spellings of this key.
+    names = {"num_local_experts": "num_experts"}
+    count: ClassVar[str] = "num_experts"
+    """Its own key for the number of experts."""
 
     def lacks_together(self, config: TransformerConfig) -> Iterator[str]:
         """Experts as it has them, and not none."""
@@ -108,12 +99,9 @@ class MixtureFormat(LlamaShaped):
     def read_experts(self, keys: Keys, shape: Mapping[str, Any]) -> dict[str, Any]:
         """Our section `moe`."""
         usual = dict(self.usual)
-        name, *others = self.counts
-        count = keys.take(name)
-        for other in others:
-            count = keys.take(other, count)
+        other = next(iter(self.names))
         moe = {
-            "experts": usual.pop("experts") if count is None else count,
+            "experts": keys.take(other, usual.pop("experts")),
             "top_k": keys.take("num_experts_per_tok", usual.pop("top_k")),
             "balance_loss": keys.take("router_aux_loss_coef", usual.pop("balance_loss")),
         }
@@ -126,7 +114,7 @@ class MixtureFormat(LlamaShaped):
         moe = config.moe
         assert moe is not None, "lacks was not asked"
         values = {
-            self.counts[0]: moe.experts,
+            self.count: moe.experts,
             "num_experts_per_tok": moe.top_k,
             "router_aux_loss_coef": moe.balance_loss,
             "output_router_logits": False,
@@ -134,29 +122,6 @@ class MixtureFormat(LlamaShaped):
         if "normalize" in self.usual:
             values["norm_topk_prob"] = moe.normalize
         return super().write_config(config) | values
-
-
-def expert_width(config: TransformerConfig) -> int:
-    """Width inside an expert."""
-    assert config.moe is not None, "a model with experts"
-    return config.moe.expert_size or config.ffn_size
-
-
-def unexpressed_experts(moe: MoeConfig, table: Mapping[str, Values]) -> Iterator[str]:
-    """Every option of `moe` in effect that `table` lacks, as moe.NAME=VALUE."""
-    for name, field in MoeConfig.model_fields.items():
-        value = getattr(moe, name)
-        if name in IN_TRAINING or name in ("experts", "top_k"):
-            continue
-        if name == "min_capacity" and moe.eval_capacity_factor is None:
-            continue
-        if name not in table:
-            lacking = value != field.get_default(call_default_factory=True)
-        else:
-            values = table[name]
-            lacking = values is not None and value not in values
-        if lacking:
-            yield f"moe.{name}={shown(value)}"
 
 
 GATE_AND_UP = Join(lambda ours: torch.cat(list(ours), 1), lambda theirs: theirs.chunk(2, 1))

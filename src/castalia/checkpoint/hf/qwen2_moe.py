@@ -5,7 +5,7 @@ from typing import Any
 
 from castalia.checkpoint.hf.keys import Keys
 from castalia.checkpoint.hf.llama import SHAPE
-from castalia.checkpoint.hf.mixtures import PROJECTIONS, ExpertPlaces, MixtureFormat, expert_width
+from castalia.checkpoint.hf.mixtures import PROJECTIONS, ExpertPlaces, MixtureFormat
 from castalia.checkpoint.hf.qwen2 import WINDOWS, foreign_kinds, read_windows, written_windows
 from castalia.models.config import TransformerConfig
 from castalia.models.families.qwen2 import Qwen2Config
@@ -68,7 +68,7 @@ class Qwen2MoeFormat(MixtureFormat):
         assert config.moe is not None, "lacks was not asked"
         dense = [i for i in range(config.num_layers) if not config.has_experts(i)]
         return super().write_config(config) | {
-            "moe_intermediate_size": expert_width(config),
+            "moe_intermediate_size": config.expert_size,
             "shared_expert_intermediate_size": config.moe.shared_size,
             # Its own interval counts from the last layer of each, ours from the first.
             "decoder_sparse_step": 1,

@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError
+from castalia.formats.neox.blocks import GMLP, require_same
 from castalia.formats.neox.config import config_files, find_tokenizer, model_config, read_model
-from castalia.formats.neox.folder import Rank, find_files, find_neox, step_of
-from castalia.formats.neox.layout import (
-    EMBEDDING,
-    FIRST_BLOCK,
-    GATE,
-    POSITIONS,
-    WORDS,
-    Key,
-    layout_of,
-    naming_of,
-    unused_keys,
+from castalia.formats.neox.experts import (
+    expert_naming,
+    require_computed,
+    require_no_bias,
+    with_stacks,
 )
+from castalia.formats.neox.folder import Rank, find_files, find_neox, step_of
+from castalia.formats.neox.forms import our_form
+from castalia.formats.neox.layout import layout_of, naming_of, unused_keys
+from castalia.formats.neox.names import EMBEDDING, FIRST_BLOCK, GATE, POSITIONS, WORDS, Key
 from castalia.formats.pieces import gathered, require_matrices
 from castalia.models.config import TransformerConfig
+from castalia.models.model_config import BlocksConfig
 from castalia.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["NeoxCheckpoint", "find_neox", "read_neox", "step_of"]
@@ -35,7 +35,7 @@ class NeoxCheckpoint(NamedTuple):
 
     tensors: StoredTensors
     """Weights under our names, in the dtype of the files."""
-    config: TransformerConfig
+    config: BlocksConfig
     tokenizer: Tokenizer | None
     files: tuple[Path, ...]
     """The files of weights."""
@@ -57,26 +57,47 @@ def read_neox(
               Castalia lacks.
     """
     files = find_files(folder)
-    model = read_model(list(configs) or config_files(folder))
+    tables = files.read(files.ranks)
+    experts = expert_naming([*tables[0]])
+    model = read_model(list(configs) or config_files(folder), experts)
     ranks = max(files.ranks, model.ranks)
     # Before the rows of the embedding are counted: a missing shard would make them too few.
     files.require({EMBEDDING, FIRST_BLOCK}, ranks)
-    tables = files.read(ranks)
     require_matrices(str(folder), tables, (WORDS, POSITIONS, GATE))
     tokenizer = tokenizer or find_tokenizer(folder, model.tokenizer)
-    positions = tables[0].get(POSITIONS)
-    longest = None if positions is None else len(positions)
-    block = {key.name: tensor for key, tensor in tables[0].items() if key.layer == FIRST_BLOCK}
-    naming = naming_of(block, f"layer {FIRST_BLOCK} of {folder}")
+    naming = naming_of({key.name for key in tables[0] if key.layer >= FIRST_BLOCK}, str(folder))
     if naming == "llama":
         # These blocks had no biases, and a width of their own whatever the options say.
         model.values.update(mlp_bias=False, intermediate_size=rows_of(tables, folder, GATE))
-    config = model_config(model, rows_of(tables, folder), longest, tokenizer)
-    layout = layout_of(config, ranks, naming)
+    config = model_config(model, rows_of(tables, folder), longest(tables[0]), tokenizer)
+    if isinstance(config, TransformerConfig):
+        require_computed(config, experts, str(folder))
+    require_same(config, tables, str(folder))
+    require_no_bias(tables, str(folder))
+    layout = layout_of(config, ranks, naming, experts or "newest")
     if not optional:
         files.require(set(range(FIRST_BLOCK, config.num_layers + FIRST_BLOCK)), ranks)
+    tables = [as_ours(table, config, ranks) for table in tables]
     tensors = gathered(str(folder), layout, tables, unused_keys(config), optional)
+    tensors = with_stacks(tensors, config)
     return NeoxCheckpoint(tensors, config, tokenizer, tuple(files.paths()))
+
+
+def longest(table: Rank) -> int | None:
+    """Positions for which the model has a table, learned or of gMLP; None if it has none."""
+    spatial = GMLP["gating.spatial.weight"]
+    found = [len(tensor) for key, tensor in table.items() if key.name == spatial]
+    learned = table.get(POSITIONS)
+    if learned is not None:
+        found = [len(learned)]
+    return min(found, default=None)
+
+
+def as_ours(table: Rank, config: BlocksConfig, ranks: int) -> Rank:
+    """The tensors of a rank in the shapes that they have here."""
+    moe = getattr(config, "moe", None)
+    experts = 0 if moe is None else moe.experts // ranks
+    return {key: our_form(key.name, tensor, experts) for key, tensor in table.items()}
 
 
 def rows_of(tables: Sequence[Rank], folder: Path, key: Key = WORDS) -> int:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from castalia.config.neox import normal, read_neox
+from castalia.config.neox_experts import BEFORE
 from castalia.config.neox_keys import ALIASES, HONOURED, NAMES
 from castalia.config.values import read_yaml
 from castalia.core.errors import CastaliaError, ConfigError
-from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
+from castalia.formats.neox.experts import ExpertNaming
+from castalia.models.config import require_vocabulary
 from castalia.models.families import build_model_config
+from castalia.models.model_config import BlocksConfig
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 CONFIGS = "configs"
@@ -21,7 +24,7 @@ OF_A_RUN = ("load", "iteration")
 """Options that name a model's weights and say nothing about the model."""
 CHANGES_THE_MODEL = {
     "gpt_j_tied",
-    "moe_num_experts",
+    "moe_expert_parallel_size",
     "norm",
     "opt_pos_emb_offset",
     "pos_emb",
@@ -68,12 +71,14 @@ def config_files(folder: Path) -> list[Path]:
     )
 
 
-def read_model(files: Sequence[Path]) -> NeoxModel:
+def read_model(files: Sequence[Path], experts: ExpertNaming | None = None) -> NeoxModel:
     """The model that GPT-NeoX's YAML files describe; options about training are not looked at.
 
+    experts  what wrote the experts of the weights: it decides which of GPT-NeoX's options count,
+             whose defaults differ.
     Raises  ConfigError with every problem at once.
     """
-    options = {str(file): about_model(read_yaml(file)) for file in files}
+    options = {str(file): about_model(of_writer(read_yaml(file), experts)) for file in files}
     where = ", ".join(str(file) for file in files)
     reading = read_neox(options, complete=True)
     # Remarks about other sections are about options that were left out above.
@@ -93,6 +98,16 @@ def read_model(files: Sequence[Path]) -> NeoxModel:
     tokenizer = reading.values.get("data", {}).get("tokenizer")
     ranks = int(reading.values.get("parallel", {}).get("tp", 1))
     return NeoxModel(values, ranks, tokenizer, where)
+
+
+def of_writer(values: dict[str, Any], experts: ExpertNaming | None) -> dict[str, Any]:
+    """The options as the version that wrote the experts reads them."""
+    named = {normal(key): key for key in values}
+    if experts is None or "moe_num_experts" not in named:
+        return values
+    if experts == "newest":
+        return {key: value for key, value in values.items() if normal(key) not in BEFORE}
+    return values if "moe_type" in named else values | {"moe_type": experts}
 
 
 def about_model(values: dict[str, Any]) -> dict[str, Any]:
@@ -140,10 +155,10 @@ def find_tokenizer(folder: Path, named: str | None) -> Tokenizer | None:
 
 def model_config(
     model: NeoxModel, rows: int, positions: int | None, tokenizer: Tokenizer | None
-) -> TransformerConfig:
+) -> BlocksConfig:
     """Our config for a model whose embedding has this many rows, and so its learned positions.
 
-    Raises  ConfigError if the config is not a transformer's, or the tokenizer has more ids.
+    Raises  ConfigError if GPT-NeoX computes something else, or the tokenizer has more ids.
     """
     ids = model.values.get("vocab_size", rows)
     unit = model.values.get("make_vocab_size_divisible_by", 128)
@@ -159,4 +174,6 @@ def model_config(
     if positions is not None:
         # GPT-NeoX counts the rows of an offset among the positions.
         values["max_position_embeddings"] = positions - values.get("learned_offset", 0)
-    return require_transformer(build_model_config(values, model.where), "a GPT-NeoX checkpoint")
+    config = build_model_config(values, model.where)
+    assert isinstance(config, BlocksConfig), "GPT-NeoX has models of blocks alone"
+    return config

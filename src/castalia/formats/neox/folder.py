@@ -16,10 +16,12 @@ from torch import Tensor
 from castalia.checkpoint.find import WANTED_STEP
 from castalia.checkpoint.pickled import read_pickled
 from castalia.core.errors import CheckpointError
-from castalia.formats.neox.layout import QK_NORM, Key
+from castalia.formats.neox.names import Key
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+"""One expert of DeepSpeed's; layers with experts are counted, and the keys have their numbers."""
 ZERO3_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 TAG = re.compile(r"global_step(\d+)")
 LATEST = "latest"
@@ -110,6 +112,8 @@ class NeoxFiles:
     """(layer, rank) -> file of a model with a pipeline; empty without one."""
     whole: Mapping[int, Path]
     """Rank -> file with all its layers."""
+    experts: Mapping[tuple[int, int, int], Path]
+    """(layer, expert, rank) -> file of one expert, where they have files of their own."""
 
     @property
     def ranks(self) -> int:
@@ -119,7 +123,7 @@ class NeoxFiles:
 
     def paths(self) -> list[Path]:
         """Every file of weights."""
-        return [*self.layers.values()] or [*self.whole.values()]
+        return [*(self.layers or self.whole).values(), *self.experts.values()]
 
     def require(self, layers: set[int], ranks: int) -> None:
         """Raises  CheckpointError naming the files that a model of these layers lacks."""
@@ -143,10 +147,12 @@ class NeoxFiles:
         tables: list[Rank] = [{} for _ in range(ranks)]
         for (layer, rank), path in self.layers.items():
             for name, tensor in tensors_in(read_pickled(path), path):
-                tables[rank][Key(layer, name)] = as_vector(name, tensor)
+                tables[rank][Key(layer, name)] = tensor
         for rank, path in self.whole.items():
-            for key, tensor in module_of(path):
-                tables[rank][key] = as_vector(key.name, tensor)
+            tables[rank].update(module_of(path))
+        for (_, _, rank), path in self.experts.items():
+            if rank < ranks:
+                tables[rank].update(module_of(path))
         return tables
 
 
@@ -157,12 +163,15 @@ def find_files(folder: Path) -> NeoxFiles:
     """
     layers = {}
     whole = {}
+    experts = {}
     partitioned = None
     for name in names_in(folder):
         if found := LAYER_FILE.fullmatch(name):
             layers[int(found[1]), int(found[2])] = folder / name
         elif found := RANK_FILE.fullmatch(name):
             whole[int(found[1])] = folder / name
+        elif found := EXPERT_FILE.fullmatch(name):
+            experts[int(found[1]), int(found[2]), int(found[3])] = folder / name
         elif ZERO3_FILE.fullmatch(name):
             partitioned = name
     if not layers and partitioned is not None:
@@ -171,12 +180,7 @@ def find_files(folder: Path) -> NeoxFiles:
             " join; gather them with DeepSpeed's zero_to_fp32.py, or save with stage 1"
         )
     # Beside the layers of a pipeline these files hold the state of the run and no weights.
-    return NeoxFiles(folder, layers, {} if layers else whole)
-
-
-def as_vector(name: str, tensor: Tensor) -> Tensor:
-    """The norm of queries and keys as a vector, any other tensor as it is."""
-    return tensor.flatten() if name.startswith(QK_NORM) else tensor
+    return NeoxFiles(folder, layers, {} if layers else whole, experts)
 
 
 def module_of(path: Path) -> Iterator[tuple[Key, Tensor]]:

@@ -1,43 +1,39 @@
 """Where each of our tensors lies in the files of GPT-NeoX's model-parallel ranks, for both ways.
 
-Layers are numbered as GPT-NeoX's pipeline does: 0 the embedding, 2 the first block, then after the
-L blocks L + 3 the last norm and L + 4 the head; 1 and L + 2 have no weights.
 Source  gpt-neox megatron/model/{gpt2_model,transformer,word_embeddings,norms}.py at ea7aefd8, and
         f36aed7f for the blocks with mlp.w1; what its converters under tools/ckpts merge.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.formats.neox import blocks, experts
+from castalia.formats.neox.blocks import kind_layout, layer_shapes
+from castalia.formats.neox.experts import ExpertNaming, expert_layout
+from castalia.formats.neox.names import (
+    FIRST_BLOCK,
+    MLP_NAMES,
+    NORM_KINDS,
+    PAST_HEAD,
+    PAST_NORM,
+    POSITIONS,
+    QK_NORM,
+    RPE,
+    WORDS,
+    Key,
+    Naming,
+)
 from castalia.formats.pieces import Layout, Placed, columns, even, runs
 from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
 from castalia.models.families.base import LinearPart
+from castalia.models.families.transformer import attention_linears, mlp_linears
+from castalia.models.kinds.base import ATTENTION
+from castalia.models.model_config import BlocksConfig
 
-FIRST_BLOCK = 2
-EMBEDDING = 0
-PAST_NORM = 3
-"""Layers from the number of blocks to the last norm."""
-PAST_HEAD = 4
 NORM_PLACES = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-NORM_KINDS = {
-    "layernorm": {"weight": "weight", "bias": "bias"},
-    "rmsnorm": {"weight": "scale"},
-    "scalenorm": {"weight": "g"},
-    "non_parametric_layernorm": {},
-}
-"""Our words and GPT-NeoX's for the parameters of each norm."""
-QK_NORM = "attention.qk_layernorm"
-Naming = Literal["linear", "dense", "llama"]
-MLP_NAMES: dict[Naming, dict[str, str]] = {
-    "linear": {"up": "mlp.linear1", "down": "mlp.linear2"},
-    "dense": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
-    # LLaMA's own names; here the gate is a matrix of its own.
-    "llama": {"up": "mlp.w3", "gate": "mlp.w1", "down": "mlp.w2"},
-}
-"""The names of the MLP in GPT-NeoX 2, in its version 1 and in its first LLaMA blocks."""
 UNUSED = (
     r"sequential\.\d+\.attention\.rotary_emb\..*",
     r"sequential\.\d+\.attention\.(bias|masked_bias)",
@@ -47,27 +43,15 @@ UNUSED = (
 """Tables that GPT-NeoX stores and computes again."""
 
 
-class Key(NamedTuple):
-    """The name of a tensor in a checkpoint of GPT-NeoX."""
-
-    layer: int
-    name: str
-
-    def __str__(self) -> str:
-        return f"sequential.{self.layer}.{self.name}"
-
-
-WORDS = Key(EMBEDDING, "word_embeddings.weight")
-POSITIONS = Key(EMBEDDING, "position_embeddings.weight")
-GATE = Key(FIRST_BLOCK, "mlp.w1.weight")
-RPE = Key(FIRST_BLOCK, "attention.rpe.weight")
-"""One module in all layers: the first one's copy stands for all."""
-
-
-def layout_of(config: TransformerConfig, ranks: int, naming: Naming = "linear") -> Layout:
+def layout_of(
+    config: BlocksConfig,
+    ranks: int,
+    naming: Naming = "linear",
+    experts: ExpertNaming = "newest",
+) -> Layout:
     """The place of every weight of a model, by our name, for `ranks` model-parallel ranks.
 
-    Raises  ConfigError if the ranks do not divide the model.
+    Raises  ConfigError if the ranks do not divide the model, or GPT-NeoX has no such layers.
     """
     require_divisible(config, ranks)
     rows = config.padded_vocab_size
@@ -79,31 +63,70 @@ def layout_of(config: TransformerConfig, ranks: int, naming: Naming = "linear") 
         head = Key(config.num_layers + PAST_HEAD, "final_linear.weight")
         out["unembed.weight"] = Placed(head, shape, "split", matrix)
     out |= norm_layout(config, config.num_layers + PAST_NORM, "norm", "norm")
-    out |= position_layout(config, ranks)
-    parts = family_of(config).parts(config)
-    assert parts is not None, "a transformer declares its parts"
-    for layer in range(config.num_layers):
-        number = layer + FIRST_BLOCK
-        for norm in parts.norms:
-            if norm.role in NORM_PLACES:
-                ours = f"layers.{layer}.{norm.place}"
-                out |= norm_layout(config, number, NORM_PLACES[norm.role], ours)
-        block = BlockLayout(config, ranks, naming, number)
-        for linear in parts.linears:
-            for ours, placed in block.linear(linear).items():
-                out[f"layers.{layer}.{ours}"] = placed
-        out |= qk_norm_layout(config, ranks, layer)
+    kinds = kinds_of_layers(config)
+    shapes = layer_shapes(config) if set(kinds) != {ATTENTION} else []
+    if isinstance(config, TransformerConfig):
+        out |= position_layout(config, ranks)
+    for layer, kind in enumerate(kinds):
+        if kind != ATTENTION:
+            out |= kind_layout(config, kind, layer, ranks, shapes[layer])
+            continue
+        assert isinstance(config, TransformerConfig), "a layer with attention"
+        out |= attention_layout(config, ranks, layer, naming, experts)
     return out
 
 
-def require_divisible(config: TransformerConfig, ranks: int) -> None:
+def kinds_of_layers(config: BlocksConfig) -> list[str]:
+    """The kind of each layer; a family of one kind has its name."""
+    if isinstance(config, TransformerConfig):
+        return [config.block_kind(layer) for layer in range(config.num_layers)]
+    return [config.family] * config.num_layers
+
+
+def attention_layout(
+    config: TransformerConfig, ranks: int, layer: int, naming: Naming, experts: ExpertNaming
+) -> Layout:
+    """The place of every weight of a layer of attention and an MLP, or experts."""
+    number = layer + FIRST_BLOCK
+    parts = family_of(config).parts(config)
+    assert parts is not None, "a transformer declares its parts"
+    out: Layout = {}
+    for norm in parts.norms:
+        if norm.role in NORM_PLACES:
+            ours = f"layers.{layer}.{norm.place}"
+            out |= norm_layout(config, number, NORM_PLACES[norm.role], ours)
+    block = BlockLayout(config, ranks, naming, number)
+    mixed = config.has_experts(layer)
+    linears = [*attention_linears(config), *(() if mixed else mlp_linears(config))]
+    out |= in_layer(block, linears, layer)
+    if mixed:
+        mlp = in_layer(block, [of_expert(part, config) for part in mlp_linears(config)], layer)
+        out |= expert_layout(config, ranks, layer, experts, mlp)
+    return out | qk_norm_layout(config, ranks, layer)
+
+
+def in_layer(block: "BlockLayout", linears: Iterable[LinearPart], layer: int) -> Layout:
+    """The place of some linear layers of a block."""
+    out: Layout = {}
+    for linear in linears:
+        for ours, placed in block.linear(linear).items():
+            out[f"layers.{layer}.{ours}"] = placed
+    return out
+
+
+def of_expert(part: LinearPart, config: TransformerConfig) -> LinearPart:
+    """A linear layer of an MLP with the width of an expert."""
+    if part.role == "mlp_down":
+        return part._replace(inputs=config.expert_size)
+    return part._replace(outputs=config.expert_size)
+
+
+def require_divisible(config: BlocksConfig, ranks: int) -> None:
     """Raises  ConfigError naming every size that the ranks do not divide."""
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "num_kv_heads": config.kv_heads,
-        "intermediate_size": config.ffn_size,
-        "the rows of the embedding": config.padded_vocab_size,
-    }
+    sizes = {"the rows of the embedding": config.padded_vocab_size}
+    if isinstance(config, TransformerConfig):
+        heads = {"num_attention_heads": config.num_attention_heads, "num_kv_heads": config.kv_heads}
+        sizes = {**heads, "intermediate_size": config.ffn_size, **sizes}
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % ranks]
     if wrong:
         raise ConfigError(
@@ -112,7 +135,7 @@ def require_divisible(config: TransformerConfig, ranks: int) -> None:
         )
 
 
-def norm_layout(config: TransformerConfig, layer: int, theirs: str, ours: str) -> Layout:
+def norm_layout(config: BlocksConfig, layer: int, theirs: str, ours: str) -> Layout:
     """The parameters of a norm over the residual stream, which every rank holds."""
     width = 1 if config.norm == "scalenorm" else config.hidden_size
     return {
@@ -238,24 +261,35 @@ class BlockLayout:
         ]
 
 
-def naming_of(names: Mapping[str, object], where: str) -> Naming:
-    """Which names of the MLP a block uses.
+def naming_of(names: Set[str], where: str) -> Naming:
+    """Which names of the MLP the blocks use.
 
-    Raises  CheckpointError if it has none of them.
+    names   of the tensors of all blocks.
+    Raises  CheckpointError if they have none of them, and no other layer of GPT-NeoX.
     """
     for naming, known in MLP_NAMES.items():
-        if f"{known['up']}.weight" in names:
+        if any(name.endswith(f"{known['up']}.weight") for name in names):
             return naming
+    for naming, known in MLP_NAMES.items():
+        # The experts of DeepSpeed are MLPs with a prefix of their own.
+        inner = known["up"].removeprefix("mlp.")
+        if any(name.endswith(f".{inner}.weight") for name in names):
+            return naming
+    if not names.isdisjoint((*experts.ROUTERS.values(), *blocks.MARKS.values())):
+        return "linear"
     listed = ", ".join(known["up"] for known in MLP_NAMES.values())
     raise CheckpointError(
-        f"{where} is no block of attention and an MLP: it has none of {listed}, only"
-        f" {', '.join(sorted(names)) or 'nothing'}; Castalia reads GPT-NeoX's dense transformers"
+        f"{where} has no block of attention and an MLP: it has none of {listed}, only"
+        f" {', '.join(sorted(names)) or 'nothing'}; Castalia reads GPT-NeoX's transformers, and its"
+        " layers of experts, Mamba, RWKV, gMLP and aMLP"
     )
 
 
-def unused_keys(config: TransformerConfig) -> list[str]:
+def unused_keys(config: BlocksConfig) -> list[str]:
     """Patterns of the tensors that GPT-NeoX stores and a model of `config` does not use."""
-    patterns = list(UNUSED)
+    patterns = [*UNUSED, *blocks.NEVER_ADDED, *experts.NEVER_ADDED]
+    if not isinstance(config, TransformerConfig):
+        return patterns
     parts = family_of(config).parts(config)
     assert parts is not None, "a transformer declares its parts"
     if not any(norm.role == "mlp_norm" for norm in parts.norms):

@@ -153,6 +153,10 @@ class Family(ABC):
         """The parameters of a block; None if other engines and formats know no such block."""
         return None
 
+    def parts_at(self, config: Any, layer: int) -> Parts | None:
+        """Those of the block at place `layer`, where layers differ; None if it has none of them."""
+        return self.parts(config)
+
     def start_of(self, config: ModelConfig, name: str) -> Start:
         """The start value of the parameter `name`.
 

@@ -204,10 +204,20 @@ class Transformer(Family):
         return super().is_hidden(config, name) or any(fnmatchcase(name, p) for p in hidden)
 
     def parts(self, config: TransformerConfig) -> Parts:
-        """The parameters of a block, from the config."""
-        linears = (*attention_linears(config), *mlp_linears(config))
+        """The parameters of a block, from the config; without an MLP if all layers have experts."""
+        mixed = all(config.has_experts(layer) for layer in range(config.num_layers))
+        linears = (*attention_linears(config), *(() if mixed else mlp_linears(config)))
         norms = tuple(block_norms(config))
         return Parts(linears, norms, norm_part(config, "final_norm", "norm"))
+
+    def parts_at(self, config: TransformerConfig, layer: int) -> Parts | None:
+        """See `Family`: layers of other kinds have none of them, and those with experts no MLP."""
+        if config.block_kind(layer) != ATTENTION:
+            return None
+        parts = self.parts(config)
+        if not config.has_experts(layer):
+            return parts
+        return parts._replace(linears=tuple(attention_linears(config)))
 
 
 class MlpCosts(NamedTuple):
