@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.models import build_model_config
+from castalia.models import FAMILIES, build_model_config
 from castalia.models.context import Context, HeadShare
 from castalia.models.parts.attention import Attention
 from castalia.models.parts.mlp import FUNCTIONS, MLP, GatedMLP
@@ -413,4 +414,100 @@ def test_relative_biases_are_gpt_neoxs(no_gpu, buckets, furthest):
     require_equal(
         [found, *gradients(found, [ours.weight])],
         [expected, *gradients(expected, [theirs.weight])],
+    )
+
+
+class PeerSoftmax(nn.Module):
+    """Their fused kernel, with the mask that they give it: True where a key is hidden."""
+
+    def __init__(self, **ignored: Any) -> None:
+        super().__init__()
+
+    def forward(self, scores: Tensor, mask: Tensor) -> Tensor:
+        return scores.masked_fill(mask, -torch.inf).softmax(-1)
+
+
+def peer_gmlp(attends: bool, length: int) -> nn.Module:
+    norms = module_of("megatron/model/norms.py")
+    module = classes_of(
+        "megatron/model/gmlp.py",
+        ["TinyAttention", "SpatialGatingUnit", "GMLPBlock"],
+        {
+            "FusedScaleMaskSoftmax": PeerSoftmax,
+            "get_activation": module_of("megatron/model/activations.py").get_activation,
+            "get_norm": norms.get_norm,
+            "get_fusion_type": lambda _: None,
+            "mpu": SimpleNamespace(
+                ColumnParallelLinear=partial(PeerLinear, bias=True),
+                RowParallelLinear=partial(PeerLinear, bias=True),
+                divide=lambda a, b: a // b,
+                get_model_parallel_world_size=lambda: 1,
+            ),
+        },
+    )
+    values = arguments(
+        hidden_size=8,
+        seq_length=length,
+        activation="gelu",
+        norm="layernorm",
+        precision="fp32",
+        attention_softmax_in_fp32=True,
+        attention_config=["amlp" if attends else "gmlp"],
+        gmlp_attn_dim=4,
+    )
+    block: nn.Module = module.GMLPBlock(values, None, None, 0, mask_fn=lambda: None)
+    return block
+
+
+@peers
+@pytest.mark.parametrize("kind", ["gmlp", "amlp"])
+def test_a_layer_of_gmlp_is_gpt_neoxs(kind):
+    """Without the residual and with biases of 0: theirs has neither."""
+    length = 12
+    # As many rows as tokens: theirs takes the one for the other.
+    T = 5
+    theirs = filled(peer_gmlp(kind == "amlp", length))
+    options = {"attention_size": 4, "bias": False, "residual": False}
+    config = build_model_config(
+        {
+            "family": kind,
+            "num_layers": 1,
+            "hidden_size": 8,
+            "vocab_size": 61,
+            "max_position_embeddings": length,
+            "gmlp": options,
+        },
+        "a test",
+    )
+    ours = FAMILIES[kind].block(config, 0)
+    unit = theirs.sgu
+    # The first half is what the gate multiplies, the second the gate.
+    pairs = {"norm": theirs.norm, "gating.norm": unit.norm, "gating.spatial": unit.proj}
+    names = {
+        f"{place}.{kind}": [getattr(module, kind)]
+        for place, module in pairs.items()
+        for kind in ("weight", "bias")
+    }
+    names["gating.down.weight"] = [theirs.output_linear.weight]
+    if kind == "amlp":
+        for place, module in {"qkv": unit.attn.proj_qkv, "out": unit.attn.proj_ffn}.items():
+            names[f"gating.attn.{place}.weight"] = [module.weight]
+            names[f"gating.attn.{place}.bias"] = [module.bias]
+    fused = theirs.input_linear.weight
+    own = dict(ours.named_parameters())
+    with torch.no_grad():
+        for name, (tensor,) in names.items():
+            own[name].copy_(tensor)
+        own["gating.up.weight"].copy_(fused[:32])
+        own["gating.gate.weight"].copy_(fused[32:])
+    x = drawn(T, T, 8)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    found = ours(x, Context(torch.arange(T)[None]))
+    expected = theirs((x.transpose(0, 1), mask))[0].transpose(0, 1)
+    inputs = [x, fused, *(tensor for (tensor,) in names.values())]
+    mine = [x, own["gating.up.weight"], own["gating.gate.weight"], *(own[n] for n in names)]
+    x_gradient, up, gate, *rest = gradients(found, mine)
+    require_equal(
+        [found, x_gradient, torch.cat([up, gate]), *rest],
+        [expected, *gradients(expected, inputs)],
     )

@@ -12,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from castalia.cli.app import app
-from castalia.core.errors import ConfigError
+from castalia.core.errors import ConfigError, DataError
+from castalia.models.flops import active_parameters, parameter_counts
 from castalia.suites import open_suite, running
 from castalia.suites.batches import compare_batches, require_same_batches
+from castalia.suites.page import write_suite_page
 from castalia.suites.running import run_suite
 from castalia.suites.status import status_of
 from castalia.suites.verifying import verify_suite
@@ -58,6 +60,23 @@ def test_members_of_the_known_suites():
     assert len(first.members) == 16 and first["410m-deduped"].words[0] == "pythia-410m-deduped-v0"
     assert first["410m-deduped"].config.train.steps == 71_500
     require_same_batches(first)
+
+
+def test_the_zoo_has_models_of_one_size_on_one_stream(write):
+    suite = open_suite("zoo")
+    require_same_batches(suite)
+    sizes = {}
+    for member in suite.members:
+        model = member.config.model
+        resting = parameter_counts(model).total - active_parameters(model)
+        sizes[member.name] = parameter_counts(model).non_embedding - resting
+        assert (member.config.optim, member.config.schedule) == (
+            suite.members[0].config.optim,
+            suite.members[0].config.schedule,
+        )
+    assert max(sizes.values()) / min(sizes.values()) < 1.05, sizes
+    with pytest.raises(DataError, match="no member of zoo has trained a step; castalia suite zoo"):
+        write_suite_page(suite, "zoo.html")
 
 
 def test_a_file_with_two_families_and_a_seed_of_the_weights_alone(write):
@@ -163,6 +182,13 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_
     printed = json.loads(CliRunner().invoke(app, words).stdout)
     assert [member["state"] for member in printed["members"]] == ["done", "done"]
     assert verify_suite(suite).findings == []
+    words = ["suite", "runs/mine", "--page", "page.html"]
+    assert CliRunner().invoke(app, words).stdout == "wrote page.html\n"
+    page = Path("page.html").read_text()
+    assert "equal in 3 steps of 2 members" in page and page.count("<polyline") == 2 * 3
+    for member in suite.members:
+        counts = parameter_counts(member.config.model)
+        assert f"<td>{counts.total:,}</td>" in page and f"<td>{counts.non_embedding:,}</td>" in page
     whole = verify_suite(open_suite("runs/mine"))
     assert [(finding.kind, finding.what) for finding in whole.findings] == [
         ("unfinished", "none-seed3 has not begun")

@@ -10,7 +10,6 @@ from castalia.terminal.flags import AsJson, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.suites import Suite
-    from castalia.suites.batches import StreamStatus
     from castalia.suites.planning import SuitePlan
 
 WHAT = panel("One of")
@@ -30,6 +29,10 @@ class ActionFlags:
     verify: Annotated[
         bool, WHAT("--verify", help="Audit checkpoints, seeds and batches of all members.")
     ] = False
+    page: Annotated[
+        str | None,
+        WHAT("--page", metavar="FILE", help="FILE.html: loss against tokens, seconds and FLOPs."),
+    ] = None
 
     @property
     def chosen(self) -> str:
@@ -39,7 +42,9 @@ class ActionFlags:
         """
         from castalia.core.errors import ConfigError
 
-        names = [field.name for field in fields(self) if getattr(self, field.name)]
+        # A page of no name is a page, too: its file is refused where it is written.
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        names = [name for name, value in given if value not in (None, False)]
         if len(names) > 1:
             raise ConfigError(f"--{names[0]} and --{names[1]}: one of them at a time")
         return names[0] if names else "status"
@@ -73,7 +78,7 @@ def suite(
         list[str],
         typer.Argument(
             metavar="SUITE [a.b=c ...]",
-            help="mini, pythia, a YAML file or the folder of a suite; then overrides of all"
+            help="mini, zoo, pythia, a YAML file or the folder of a suite; then overrides of all"
             " members, and output=FOLDER.",
         ),
     ],
@@ -92,6 +97,8 @@ def suite(
 
       castalia suite mini --run
 
+      castalia suite zoo --page zoo.html
+
       castalia suite pythia --plan --only 70m,160m --seeds 1,2
 
       castalia suite mine.yaml --status --json
@@ -106,6 +113,8 @@ def suite(
         show_plan(opened, planning.gpu, planning.mfu, as_json)
     elif chosen == "verify":
         verify_members(opened, as_json)
+    elif action.page is not None:
+        write_page(opened, action.page, as_json)
     else:
         show_status(opened, as_json)
 
@@ -200,6 +209,14 @@ def verify_members(opened: "Suite", as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+def write_page(opened: "Suite", path: str, as_json: bool) -> None:
+    """Write the page about the members; as JSON, print its path."""
+    from castalia.suites.page import write_suite_page
+
+    written = write_suite_page(opened, path)
+    typer.echo(json.dumps({"page": str(written)}) if as_json else f"wrote {written}")
+
+
 def show_status(opened: "Suite", as_json: bool) -> None:
     """Print how far each member is, and whether their batches are equal."""
     from castalia.cli.scaling import print_table
@@ -218,14 +235,4 @@ def show_status(opened: "Suite", as_json: bool) -> None:
     print_table(header, [state.cells() for state in states])
     typer.echo("")
     for stream in streams:
-        typer.echo(said_of(stream))
-
-
-def said_of(stream: "StreamStatus") -> str:
-    """A line about the batches of one stream."""
-    name = f"batches of data {stream.data}, data seed {stream.data_seed}"
-    if stream.problems:
-        return f"{name}: DIFFERENT: {'; '.join(stream.problems)}"
-    if stream.steps == 0:
-        return f"{name}: nothing to compare yet"
-    return f"{name}: equal in {stream.steps} steps of {len(stream.members)} members"
+        typer.echo(stream.text)

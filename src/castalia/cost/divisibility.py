@@ -1,7 +1,9 @@
 """Whether a model fits a layout, checked on the config before any rank starts."""
 
 from castalia.distributed.config import ParallelConfig
+from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
+from castalia.models.kinds import KINDS
 from castalia.models.model_config import ModelConfig
 
 
@@ -11,10 +13,9 @@ def layout_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfi
     problems = family.divides(model, parallel) + vocabulary_problems(model, parallel.tp)
     if parallel.cp > 1 and not family.can_split_rows(model):
         problems.append(
-            f"model.family {family.name} reads each row from its beginning, so"
+            f"{whole_row_reader(model)} reads each row from its beginning, so"
             f" parallel.cp={parallel.cp} ranks cannot share one; set parallel.cp=1"
         )
-    problems += expert_problems(model, parallel)
     return problems + context_problems(seq_length, parallel)
 
 
@@ -46,6 +47,15 @@ def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
             f" parallel.cp={parallel.cp}: the ranks that split the experts are taken from these"
         )
     return problems
+
+
+def whole_row_reader(model: ModelConfig) -> str:
+    """What of a model cannot share a row, in words: a kind of layer, or its family."""
+    if isinstance(model, TransformerConfig):
+        for kind in model.block_kinds:
+            if not KINDS[kind].splits_rows:
+                return f"the layer {kind} of model.pattern"
+    return f"model.family {model.family}"
 
 
 def vocabulary_problems(model: ModelConfig, tp: int) -> list[str]:

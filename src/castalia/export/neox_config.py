@@ -49,6 +49,8 @@ class NeoxShape:
 
 def neox_refuses(config: TransformerConfig) -> str | None:
     """Why GPT-NeoX cannot compute a model of `config`, in one sentence; None if it can."""
+    if config.moe is not None:
+        return "GPT-NeoX checkpoints with model.moe are not written"
     wrong = [
         ("head", config.head, config.head != "vocab"),
         ("activation", config.activation, config.activation not in ACTIVATIONS),
@@ -60,6 +62,7 @@ def neox_refuses(config: TransformerConfig) -> str | None:
         ("alibi_scaled", True, config.pos_emb == "alibi" and config.alibi_scaled),
         ("intermediate_size", config.ffn_size, not config.gated and config.ffn_size % 2 == 1),
         ("attention_config", config.attention_config, has_mixed_windows(config)),
+        ("pattern", config.pattern, config.pattern is not None),
         *multipliers(config),
     ]
     for name, value, is_wrong in wrong:

@@ -32,6 +32,9 @@ START: dict[str, Values] = {
 ATTENTION = ("neox", "llama", "mistral", "falcon", "palm", "gpt2", "olmo2", "qwen2")
 """Families whose blocks are attention and an MLP and nothing else: their options say it all."""
 
+BLOCKS = ("family", "pattern", "moe")
+"""Options that decide what a layer is."""
+
 SIZES: dict[str, Values] = START | {
     "num_layers": None,
     "hidden_size": None,
@@ -101,11 +104,15 @@ attention_config."""
 
 def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:
     """The first option of `config` that `table` lacks, as NAME=VALUE; None if it has them all."""
-    for name, field in type(config).model_fields.items():
+    fields = type(config).model_fields
+    # What a layer is comes before its sizes: it says most in one word.
+    for name in sorted(fields, key=lambda name: name not in BLOCKS):
+        field = fields[name]
         value = getattr(config, name)
         if name not in table:
             if value != neutral(name, field):
-                return f"{name}={told(value)}"
+                # A section has many values, and none of them is known here.
+                return f"model.{name}" if isinstance(value, Config) else f"{name}={value!r}"
             continue
         values = table[name]
         if isinstance(value, Config):
@@ -115,13 +122,6 @@ def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | Non
         if values is not None and value not in values:
             return f"{name}={value!r}, only {', '.join(map(repr, values))}"
     return None
-
-
-def told(value: object) -> str:
-    """A value as a sentence names it; of a section what differs from its defaults."""
-    if isinstance(value, Config):
-        return repr(value.model_dump(mode="json", exclude_defaults=True))
-    return repr(value)
 
 
 def neutral(name: str, field: FieldInfo) -> object:

@@ -8,6 +8,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -119,6 +120,12 @@ class TransformerConfig(BlocksConfig):
     FUSED_QKV: ClassVar[bool] = False
     """Whether queries, keys and values of as many heads are one matrix, in GPT-NeoX's order."""
 
+    @field_validator("pattern")
+    @classmethod
+    def mixes(cls, pattern: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """A pattern of attention alone is none: the model is one that every engine knows."""
+        return None if pattern and set(pattern) == {ATTENTION} else pattern
+
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies its input with a gate."""
@@ -194,8 +201,12 @@ class TransformerConfig(BlocksConfig):
 
     @property
     def layer_kinds(self) -> tuple[AttentionKind, ...]:
-        """The kinds of attention of all layers, each once."""
-        kinds = [self.layer_kind(layer) for layer in range(self.num_layers)]
+        """The kinds of attention of all layers that are attention, each once."""
+        kinds = [
+            self.layer_kind(layer)
+            for layer in range(self.num_layers)
+            if self.block_kind(layer) == ATTENTION
+        ]
         return tuple(dict.fromkeys(kinds))
 
     def block_kind(self, layer: int) -> str:
@@ -221,6 +232,8 @@ class TransformerConfig(BlocksConfig):
             heads += f", {self.kv_heads} of keys and values"
         facts = super().facts() | {"heads": heads, **self.position_facts()}
         facts["residual"] = "parallel" if self.parallel_residual else "serial"
+        if self.pattern is not None:
+            facts["pattern"] = ", ".join(self.pattern)
         return facts | {"norm": self.norm, "activation": self.activation}
 
     def position_facts(self) -> dict[str, str]:

@@ -34,6 +34,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "debug-gmlp": {"family": "gmlp", "gmlp": {"inner_size": 384}},
     "debug-amlp": {"family": "amlp", "gmlp": {"inner_size": 384, "attention_size": 32}},
+    "debug-hybrid": {
+        "family": "llama",
+        "num_kv_heads": 2,
+        "intermediate_size": 352,
+        "pattern": ["mamba", "attention", "gmlp", "mamba"],
+    },
 }
 """What the section `model` of each has beside the sizes of `debug`."""
 HEADLESS = ("mamba", "mamba2", "gmlp", "amlp", "rwkv6", "rwkv7")

@@ -33,6 +33,16 @@ class StreamStatus(NamedTuple):
     problems: list[str]
     """A sentence for each member whose batches differ."""
 
+    @property
+    def text(self) -> str:
+        """A line about the batches."""
+        name = f"batches of data {self.data}, data seed {self.data_seed}"
+        if self.problems:
+            return f"{name}: DIFFERENT: {'; '.join(self.problems)}"
+        if self.steps == 0:
+            return f"{name}: nothing to compare yet"
+        return f"{name}: equal in {self.steps} steps of {len(self.members)} members"
+
 
 def require_same_batches(suite: Suite) -> None:
     """Refuse a suite whose members of one stream would read different batches.

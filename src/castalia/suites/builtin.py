@@ -5,6 +5,23 @@ from typing import Any
 from castalia.recipes.mini import MINI_EARLY
 from castalia.recipes.pythia import SIZES, V0_SIZES
 
+ZOO_BASE = ["mini", "data.corpus=python", "model.vocab_size=4096", "model.hidden_size=128"]
+"""Text that no model knows by heart after 400 steps of 1,024 tokens."""
+ZOO: dict[str, dict[str, Any]] = {
+    "neox": {},
+    "llama": {
+        "preset": "debug-llama",
+        "model": {"num_kv_heads": None, "intermediate_size": 344},
+    },
+    # 8 experts, of which each token uses 2.
+    "moe": {
+        "preset": "debug-moe",
+        "model": {"num_kv_heads": None, "intermediate_size": 172},
+    },
+    # Two layers have as many parameters as one of a transformer.
+    "mamba": {"preset": "debug-mamba", "model": {"num_layers": 7, "tie_word_embeddings": False}},
+}
+"""Kinds of models with equally many parameters at work on a token, embeddings aside."""
 BUILTIN: dict[str, dict[str, Any]] = {
     # Biderman et al. 2023, arXiv:2304.01373. The further seeds are those of PolyPythias, van der
     # Wal et al. 2025, arXiv:2503.09543, which has them of the five smallest sizes.
@@ -39,5 +56,14 @@ BUILTIN: dict[str, dict[str, Any]] = {
         },
         "seeds": [0, 1],
         "checkpoints": {"steps": MINI_EARLY, "every": 100},
+    },
+    "zoo": {
+        "name": "zoo",
+        "base": ZOO_BASE,
+        "sizes": ZOO,
+        "seeds": [0],
+        "extra_seeds": [1, 2],
+        "unnamed_seed": 0,
+        "checkpoints": {"steps": [0], "every": 100},
     },
 }
