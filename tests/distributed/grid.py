@@ -277,6 +277,18 @@ GRID = [
     Row("pp x ep x cp", "pp=2 cp=2 ep=2", "experts, zero bubble"),
     Row("tp x cp", "cp=2 tp=2", "soft prompt", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "soft prompt, 1f1b"),
+    Row("tp", "tp=2", "mamba", core=True),
+    Row("tp", "tp=2", "mamba, compiled, selective"),
+    Row("tp", "tp=4", "mamba, recompute"),
+    Row("fsdp", "dp_shard=2", "mamba, selective"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "mamba, accumulated"),
+    Row("pp x tp", "pp=2 tp=2", "mamba, 1f1b"),
+    Row("pp", "pp=2", "mamba, zero bubble"),
+    Row("tp", "tp=2", "mamba2, compiled"),
+    Row("tp", "tp=4", "mamba2", core=True),
+    Row("fsdp", "dp_shard=2", "mamba2"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "mamba2, selective"),
+    Row("pp x tp", "pp=2 tp=2", "mamba2, zero bubble"),
 ]
 
 
@@ -426,7 +438,10 @@ def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:
     """One run in this process and those of its world."""
     # Compiled code has the names of the process groups of the run that compiled it.
     torch.compiler.reset()
-    config = load_config([*BASE, *overrides])
+    # An option without a value is the preset of another family.
+    presets = [text for text in overrides if "=" not in text]
+    options = [text for text in overrides if "=" in text]
+    config = load_config([*(presets or BASE[:1]), *BASE[1:], *options])
     with contextlib.redirect_stdout(io.StringIO()):
         loop.Trainer(
             config, World.start(config.parallel, "cpu"), hooks=[*hooks, Metrics(), Save()]

@@ -173,6 +173,12 @@ MODELS = {
     "experts": EXPERTS,
     "split experts": (*EXPERTS, "model.moe.bias=true", "model.moe.split_over_tp=true"),
     "experts of odd number": ("model.moe.experts=3", "model.moe.expert_size=48"),
+    "mamba": ("debug-mamba", "model.mamba.state_size=4", "data.document_mask=eod"),
+    "mamba2": (
+        "debug-mamba2",
+        "model.mamba2={head_size: 16, state_size: 8, groups: 2, chunk_size: 5, bias: true}",
+        "data.document_mask=eod",
+    ),
     "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
 }
 """Families and options whose parameters or statistics are laid out in their own way."""

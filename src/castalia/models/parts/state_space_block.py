@@ -16,9 +16,6 @@ from castalia.recurrent.held import ChannelShare
 class Mixer(Protocol):
     """What a mixer of castalia.recurrent has."""
 
-    tp_plan: dict[str, str]
-    """How tensor parallelism splits what is inside; its input is gathered to all T tokens."""
-
     def __call__(
         self,
         x_BTC: Tensor,
@@ -37,19 +34,15 @@ class Mixer(Protocol):
 class StateSpaceBlock(Block):
     """Norm, mixer and residual."""
 
+    # The norm works on T / tp tokens, the mixer on all T of its part of the channels, which its own
+    # plan splits.
+    tp_plan = {"norm": "sequence", "mixer": "gathered"}
+
     def __init__(self, config: BlocksConfig, mixer: nn.Module, widest: int) -> None:
         super().__init__()
         self.norm = make_norm(config)
         self.mixer = mixer
         self.widest = widest
-
-    @property
-    def tp_plan(self) -> dict[str, str]:  # type: ignore[override]
-        """The norm works on T / tp tokens, the mixer on all T of a part of the channels."""
-        inside = cast(Mixer, self.mixer).tp_plan
-        return {"norm": "sequence", "mixer": "gathered"} | {
-            f"mixer.{name}": how for name, how in inside.items()
-        }
 
     def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
