@@ -230,10 +230,13 @@ SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_si
 ODD = (None, "x", -1, 0, [], {}, 1e30, True, [["x"]], 3.5)
 
 
-@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("family", [*TRANSFORMERS, "mamba", "mamba2"])
 def test_no_value_of_a_config_is_more_than_an_error(family: str) -> None:
     """Whatever a key holds, it is read or refused."""
-    values = hf_config(build_model_config(SIZES | {"family": family}, "here"), end_ids=(256,))
+    sizes = SIZES if family in TRANSFORMERS else {n: SIZES[n] for n in SIZES if "heads" not in n}
+    if family == "mamba2":
+        sizes |= {"mamba2": {"head_size": 16}}
+    values = hf_config(build_model_config(sizes | {"family": family}, "here"), end_ids=(256,))
     refused = 0
     for key in values:
         for odd in ODD:

@@ -259,6 +259,8 @@ class TransformerConfig(BlocksConfig):
             "activation": self.activation.removesuffix("_tanh").replace("swish", "silu"),
         }
         shape = super().weights_shape() | filled
+        for kind in self.block_kinds:
+            shape |= KINDS[kind].filled(self)
         if self.depends_on_length:
             shape["max_position_embeddings"] = self.max_position_embeddings
         return shape

@@ -7,6 +7,8 @@ from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.gpt2 import Gpt2Format
 from castalia.checkpoint.hf.granite import GraniteFormat
 from castalia.checkpoint.hf.llama import LlamaFormat
+from castalia.checkpoint.hf.mamba import MambaFormat
+from castalia.checkpoint.hf.mamba2 import Mamba2Format
 from castalia.checkpoint.hf.mistral import MistralFormat
 from castalia.checkpoint.hf.mixtral import MixtralFormat, OlmoeFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
@@ -36,6 +38,8 @@ for form in (
     MixtralFormat(),
     OlmoeFormat(),
     Qwen2MoeFormat(),
+    MambaFormat(),
+    Mamba2Format(),
 ):
     HF.register(form.model_type)(form)
 

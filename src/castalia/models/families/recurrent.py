@@ -32,8 +32,9 @@ class RecurrentConfig(BlocksConfig):
         return self
 
     def weights_shape(self) -> dict[str, Any]:
-        """As for every model, with the longest row where it is the size of a weight."""
-        shape = super().weights_shape()
+        """As for every model, with the kind's sizes filled in, and the longest row where it is the
+        size of a weight."""
+        shape = super().weights_shape() | KINDS[self.family].filled(self)
         if KINDS[self.family].depends_on_length:
             shape["max_position_embeddings"] = self.max_position_embeddings
         return shape

@@ -55,6 +55,11 @@ class BlockKind(ABC):
         """One sentence for each size that the degrees do not divide."""
         return []
 
+    def filled(self, config: Any) -> dict[str, Any]:
+        """The kind's section, by its name, with the sizes that have a default and without what
+        changes neither the weights nor their use; empty if the section is that already."""
+        return {}
+
     def problems(self, config: Any) -> Iterable[str]:
         """One sentence for each option that does not go with another."""
         return ()

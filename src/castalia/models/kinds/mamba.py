@@ -1,6 +1,6 @@
 """The kind `mamba`: a selective state space."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from castalia.models.costs import Axes, Costs, Stored
 from castalia.models.kinds.base import BlockKind
@@ -10,6 +10,10 @@ from castalia.recurrent.options import MambaOptions
 
 if TYPE_CHECKING:
     from castalia.models.block import Block
+
+
+ONLY_AT_START = {"dt_min", "dt_max", "dt_floor"}
+"""Options of the section that the weights have in them."""
 
 
 class Mamba(BlockKind):
@@ -65,6 +69,15 @@ class Mamba(BlockKind):
             tp_width=2 * d,
             whole_parameters=norm + options.bias * d,
         )
+
+    def filled(self, config: BlocksConfig) -> dict[str, Any]:
+        """See `BlockKind`."""
+        options = options_of(config)
+        sizes = {
+            "inner_size": options.channels(config.hidden_size),
+            "dt_rank": options.rank(config.hidden_size),
+        }
+        return {self.name: options.model_copy(update=sizes).model_dump(exclude=ONLY_AT_START)}
 
     def divides(self, config: BlocksConfig, degrees: Axes) -> list[str]:
         """Channels over tp."""

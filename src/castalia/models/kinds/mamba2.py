@@ -1,10 +1,10 @@
 """The kind `mamba2`: a state space with one decay a head."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from castalia.models.costs import Axes, Costs, Stored
 from castalia.models.kinds.base import BlockKind
-from castalia.models.kinds.mamba import norm_parameters
+from castalia.models.kinds.mamba import ONLY_AT_START, norm_parameters
 from castalia.models.model_config import BlocksConfig
 from castalia.models.starts import ONES, LogUniform, Start, StepBias, Uniform, drawn
 from castalia.recurrent.options import Mamba2Options
@@ -64,6 +64,16 @@ class Mamba2(BlockKind):
             tp_width=2 * d,
             whole_parameters=norm + options.bias * d,
         )
+
+    def filled(self, config: BlocksConfig) -> dict[str, Any]:
+        """See `BlockKind`."""
+        options = options_of(config)
+        sizes = {"inner_size": options.channels(config.hidden_size)}
+        # A limit is a tuple in a config and a list in a file.
+        shape = options.model_copy(update=sizes).model_dump(
+            mode="json", exclude=ONLY_AT_START | {"chunk_size"}
+        )
+        return {self.name: shape}
 
     def problems(self, config: BlocksConfig) -> list[str]:
         """Heads and groups."""
