@@ -55,7 +55,8 @@ def below_each_other(sizes: Sequence[int], around: Transform | None = None) -> J
     change = around or Transform()
 
     def back(theirs: Tensor) -> Sequence[Tensor]:
-        return change.back(theirs).split(list(sizes))
+        parts: Sequence[Tensor] = change.back(theirs).split(list(sizes))
+        return parts
 
     return Join(lambda ours: change.out(torch.cat(list(ours))), back)
 
