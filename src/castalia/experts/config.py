@@ -47,9 +47,12 @@ class MoeConfig(Config):
     DeepSpeed."""
     capacity_factor: PositiveFloat | None = None
     """Most tokens of an expert in training, as a multiple of an equal share; tokens beyond it are
-    dropped. null drops nothing."""
+    dropped. null drops nothing. With top_k 1 the tokens that stay are drawn, with 2 the second
+    expert is drawn by its score and the first tokens stay, with more the greatest scores, as in
+    DeepSpeed."""
     eval_capacity_factor: PositiveFloat | None = None
-    """The same without gradients; null drops nothing."""
+    """The same without gradients, and without draws; null drops nothing. What a token gets then
+    depends on later ones of its row."""
     min_capacity: NonNegativeInt = 4
     """Tokens that an expert takes in any case."""
     shared_size: NonNegativeInt = 0
@@ -62,3 +65,20 @@ class MoeConfig(Config):
     split_over_tp: bool = False
     """Split each expert over parallel.tp; false lets the ranks of tp work on different tokens with
     whole experts."""
+
+    @property
+    def samples_second(self) -> bool:
+        """Whether training draws the second of two experts, where a capacity drops tokens."""
+        return self.top_k == 2 and self.router == "topk" and self.bias_rate == 0
+
+    @property
+    def chooses_by_chance(self) -> bool:
+        """Whether training draws which expert a token uses, or which tokens stay."""
+        if self.capacity_factor is None:
+            return False
+        return self.top_k == 1 or self.samples_second
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws anything for the routing."""
+        return self.jitter > 0 or self.chooses_by_chance

@@ -190,8 +190,14 @@ class TransformerConfig(BlocksConfig):
 
     @property
     def drops(self) -> bool:
-        """Whether training drops anything."""
-        return self.hidden_dropout > 0 or self.attention_dropout > 0
+        """Whether training drops anything, or draws for the routing of experts."""
+        draws = self.moe is not None and self.moe.draws
+        return draws or self.hidden_dropout > 0 or self.attention_dropout > 0
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Places of the layers with experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
 
     def layer_kind(self, layer: int) -> AttentionKind:
         """The kind of attention at place `layer`."""

@@ -18,6 +18,7 @@ from castalia.models.families import family_of
 from castalia.models.model_config import ModelConfig
 from castalia.models.parts.dropout import EMBEDDING, Draws, drop_hidden
 from castalia.models.parts.masks import row_positions
+from castalia.models.parts.mixture import make_ledger
 from castalia.models.score import scores_of
 from castalia.models.stages import LayerSpan, split
 from castalia.models.state import ModelState
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         for place in self.span.layers:
             # Named by its place in the whole model: a checkpoint loads into any number of stages.
             self.layers.add_module(str(place), self.family.block(config, place))
+        self.ledger = make_ledger(config, self.layers)
         self.recompute = False
         if self.span.last:
             self.norm = self.family.norm(config)

@@ -87,6 +87,11 @@ class ModelConfig(Config):
         return False
 
     @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Places of the layers with experts."""
+        return ()
+
+    @property
     def tied_head(self) -> bool:
         """Whether the output matrix is the embedding; a reward model has no output matrix."""
         return self.tie_word_embeddings and self.head == "vocab"

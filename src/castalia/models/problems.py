@@ -106,5 +106,15 @@ def expert_problems(config: "TransformerConfig") -> Iterator[str]:
         yield f"moe.top_k {moe.top_k} is above moe.experts {moe.experts}; lower it"
     if moe.shared_gate and not moe.shared_size:
         yield "moe.shared_gate needs moe.shared_size, the width of the MLP for all tokens"
-    if not any(config.has_experts(layer) for layer in range(config.num_layers)):
+    if moe.router == "sinkhorn" and moe.bias_rate:
+        yield (
+            f"moe.router=sinkhorn balances by itself, and moe.bias_rate {moe.bias_rate} would"
+            " balance a second time; set moe.bias_rate=0, or moe.router=topk"
+        )
+    if moe.normalize and moe.top_k == 1 and moe.capacity_factor is None:
+        yield (
+            "moe.normalize makes the weight of the only expert of moe.top_k=1 always 1, so that its"
+            " router would not learn; set moe.normalize=false"
+        )
+    if not config.expert_layers:
         yield "moe is set, and no layer is attention; add attention to pattern, or remove moe"

@@ -43,6 +43,7 @@ from castalia.runs.problems import (
     adapter_problems,
     curriculum_problems,
     epochs_problems,
+    expert_problems,
     intervention_problems,
     loss_problems,
     mixing_problems,
@@ -207,6 +208,7 @@ class RunConfig(Config):
             )
         problems += rate_problems(self.schedule, self.optim.lr)
         problems += optimizer_problems(self)
+        problems += expert_problems(self)
         problems += start_problems(self)
         problems += adapter_problems(self)
         problems += width_problems(self)

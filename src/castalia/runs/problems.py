@@ -103,6 +103,24 @@ def optimizer_problems(config: "RunConfig") -> list[str]:
     return problems
 
 
+def expert_problems(config: "RunConfig") -> list[str]:
+    """What experts need of a run."""
+    moe = getattr(config.model, "moe", None)
+    parameters = config.train.parameters
+    problems = []
+    if moe and moe.bias_rate and parameters != "fp32":
+        problems.append(
+            f"model.moe.bias_rate {moe.bias_rate} moves biases by small steps, which"
+            f" train.parameters={parameters} rounds away; set train.parameters=fp32"
+        )
+    if moe and config.parallel.uneven:
+        problems.append(
+            "parallel.uneven=true fills ranks up with rows of padding, which experts would be"
+            " balanced over; set it to false"
+        )
+    return problems
+
+
 def curriculum_problems(config: "RunConfig") -> list[str]:
     """Lengths of a curriculum's rows that do not fit the run."""
     curriculum = config.curriculum

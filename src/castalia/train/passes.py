@@ -19,6 +19,7 @@ from castalia.models.families import family_of
 from castalia.models.offload import Offload
 from castalia.models.parts.dropout import row_draws
 from castalia.runs.config import RunConfig
+from castalia.train.balance import Balance
 from castalia.train.precision import arithmetic
 from castalia.train.totals import PassSums
 
@@ -53,6 +54,7 @@ class Passes:
         self.seed = config.seed
         self.drops = config.model.drops or adapter_of(config.adapter).drops(config.adapter)
         self.multiple = trimmed_multiple(config, world)
+        self.balance = Balance(model, config.model, world)
         self.reference: FillsReference | None = None
         self.offload: Offload | None = None
         # On a CPU activations are in its memory already; see the notes at the start.
@@ -90,6 +92,17 @@ class Passes:
             return []
         return [self.loss.weight(self.own_part(batch)) for batch in micro_batches]
 
+    def total_weight(
+        self, micro_batches: Sequence[Batch], weights: Sequence[float], loss_scale: float
+    ) -> float:
+        """The weight of all ranks' micro-batches together; also tells experts how many rows share
+        their losses."""
+        rows = sum(len(batch.tokens) for batch in micro_batches) if self.counts else 0
+        numbers = torch.tensor([sum(weights), rows], dtype=torch.float64, device=self.world.device)
+        weight, rows = self.world.sum(numbers).tolist()
+        self.balance.set_scale(loss_scale / max(1.0, rows))
+        return float(weight)
+
     def on_device(self, batch: Batch) -> Batch:
         """This rank's slice of the micro-batch, on its device."""
         if self.multiple is not None:
@@ -104,7 +117,7 @@ class Passes:
 
     def new_sums(self) -> PassSums:
         """Sums without a micro-batch."""
-        return PassSums(self.loss, self.world.device)
+        return PassSums(self.loss, self.world.device, self.balance.size)
 
     def run_loss(self, batch: Batch, step: int | None = None) -> LossOut:
         """Forward pass and loss of one micro-batch, of a training step or of none."""
@@ -129,6 +142,7 @@ class Passes:
             sums.add(out, weights[place])
         # FSDP reduces what it shards; a parameter that is whole on every rank is left to us.
         sum_plain_gradients(self.model, self.world)
+        sums.experts += self.balance.take()
         return sums
 
     @torch.no_grad()
@@ -225,6 +239,7 @@ class PipelinedPasses(Passes):
 
         self.pipeline.train(*self.arguments(batches, step), finish)
         sum_plain_gradients(self.model, self.world)
+        sums.experts += self.balance.take()
         return sums
 
     @torch.no_grad()
@@ -269,6 +284,10 @@ def trimmed_multiple(config: RunConfig, world: World) -> int | None:
     # compiled anew for each length, the bits of dropout depend on the length, and sparse attention
     # needs whole blocks.
     if degrees.pp > 1 or degrees.cp > 1 or config.train.compile or config.model.drops:
+        return None
+    # Experts are balanced over all tokens of a row, whose padding another micro-batch would cut
+    # elsewhere.
+    if config.model.expert_layers:
         return None
     if set(getattr(config.model, "layer_kinds", ())) - {"global", "sliding"}:
         return None

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from castalia.experts.ledger import load_metrics
 from castalia.monitor import memory_bytes
 from castalia.train.guard import Action
 from castalia.train.totals import StepTotals
@@ -22,6 +23,7 @@ def step_metrics(
         "rows_hash": totals.rows_hash,
         **totals.metrics,
         **trainer.scale.metrics(trainer.progress.updates),
+        **load_metrics(trainer.passes.balance.loads(totals.experts)),
     }
     if trainer.config.curriculum.kind != "none":
         metrics["seq_length"] = trainer.curriculum.length(trainer.progress.step)

@@ -22,9 +22,11 @@ class PassSums:
             and weight of each metric; contract (3,): the number of micro-batches whose loss
             returned another weight than it had declared, and both sums of those weights.
             All float64.
+    experts the sums of the ledger of experts, one vector.
     """
 
-    def __init__(self, loss: Loss, device: torch.device) -> None:
+    def __init__(self, loss: Loss, device: torch.device, experts: int = 0) -> None:
+        """`experts` is the size of their vector."""
         self.loss = loss
         sources = loss.sources if loss.by_source else 0
         # float64: thousands of micro-batch sums of nats add up without a rounding that depends on
@@ -35,6 +37,7 @@ class PassSums:
         self.per_source: Tensor = zeros((sources, 2))
         self.metrics: Tensor = zeros((len(loss.names), 2))
         self.contract: Tensor = zeros(3)
+        self.experts: Tensor = zeros(experts)
 
     def add(self, out: LossOut, declared: float) -> None:
         """Count one micro-batch, whose loss declared this weight before the pass."""
@@ -83,13 +86,14 @@ class PassSums:
         self.per_source += other.per_source
         self.metrics += other.metrics
         self.contract += other.contract
+        self.experts += other.experts
 
     def vector(self, *counts: float) -> Tensor:
         """All sums and further counts in one float64 vector, so that they share an all-reduce."""
         numbers = [self.weight, *counts]
         # float64 holds these integers exactly: rows_hash is below 2^32 times the rows of a step.
         plain = torch.tensor(numbers, dtype=torch.float64, device=self.total.device)
-        parts = (self.contract, self.per_source.flatten(), self.metrics.flatten())
+        parts = (self.contract, self.per_source.flatten(), self.metrics.flatten(), self.experts)
         return torch.cat([self.total[None], plain, *parts])
 
 
@@ -110,6 +114,7 @@ class StepTotals:
     rows_hash   sum of the CRC-32 of each row's tokens: equal for equal rows on any world size.
     per_source  [total, weight] of each source; empty if the loss has none.
     metrics     the loss's own metrics, each a global mean.
+    experts     sums of the ledger of experts.
     norm        L2 norm of the gradients, which the loop fills in; NaN for a step without a pass.
     """
 
@@ -119,11 +124,13 @@ class StepTotals:
     rows_hash: int = 0
     per_source: list[list[float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    experts: list[float] = field(default_factory=list)
     norm: float = math.nan
 
     @classmethod
-    def of(cls, vector: Tensor, loss: Loss, where: str) -> "StepTotals":
-        """Read the reduced `PassSums.vector(tokens, rows_hash)`; `where` names the step in errors.
+    def of(cls, vector: Tensor, loss: Loss, where: str, experts: int = 0) -> "StepTotals":
+        """Read the reduced `PassSums.vector(tokens, rows_hash)`, of which the last `experts`
+        numbers are those of experts; `where` names the step in errors.
 
         Raises  TrainingError, on every rank, if a loss returned another weight than it declared.
         """
@@ -135,6 +142,8 @@ class StepTotals:
                 f" weight of its LossOut {returned:g} (in {int(wrong)} micro-batches together);"
                 " the gradient is divided by the first, so both must be the same denominator"
             )
+        end = len(rest) - experts
+        rest, ledger = rest[:end], rest[end:]
         # Sources first, metrics last: as many pairs as the loss has names are metrics.
         pairs = [rest[place : place + 2] for place in range(0, len(rest), 2)]
         sources = len(pairs) - len(loss.names)
@@ -142,7 +151,7 @@ class StepTotals:
             name: metric / count if count else math.nan
             for name, (metric, count) in zip(loss.names, pairs[sources:], strict=True)
         }
-        return cls(total, weight, int(tokens), int(rows), pairs[:sources], means)
+        return cls(total, weight, int(tokens), int(rows), pairs[:sources], means, ledger)
 
     def unused(self) -> "StepTotals":
         """The totals of a skipped step: its rows count, its sums by source do not."""

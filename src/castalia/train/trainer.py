@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, BlendedRows
 from castalia.data.curriculum import Curriculum
@@ -256,11 +254,7 @@ class Trainer:
         weights = self.passes.weights(micro_batches)
         # Known before the pass, so that the backward pass can divide as it goes. Summing over all
         # ranks makes the mean independent of how rows are cut, even with unequal target counts.
-        weight = float(
-            self.world.sum(
-                torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)
-            )
-        )
+        weight = self.passes.total_weight(micro_batches, weights, self.scale.value)
         if weight:
             factor = self.scale.value / weight
             sums = self.passes.train(micro_batches, weights, factor, self.progress.step)
@@ -277,7 +271,8 @@ class Trainer:
         if self.passes.counts:
             tokens = sum(batch.targets for batch in micro_batches)
         vector = self.world.sum(sums.vector(tokens, hashed if self.passes.counts else 0))
-        return StepTotals.of(vector, self.loss, f"step {self.progress.step + 1}")
+        where = f"step {self.progress.step + 1}"
+        return StepTotals.of(vector, self.loss, where, sums.experts.numel())
 
     def agree(self, verdict: Verdict) -> Verdict:
         """The worst verdict of any rank; a stop that any rank was asked for becomes everyone's.
@@ -311,6 +306,8 @@ class Trainer:
         self.progress.tokens += totals.tokens
         # The mixer must not learn from a step whose loss was not used.
         self.mixture.observe(totals, skipped=action is not Action.UPDATE)
+        if action is Action.UPDATE:
+            self.passes.balance.follow(self.rules, totals.experts)
         self.stop = max(self.stop, due(self.config.train.exit_every, self.progress.step))
         self.stopping = self.stop > Stop.NO or self.mixture.at_end()
         if action is Action.SKIP:
@@ -349,7 +346,8 @@ class Trainer:
         if self.stop:
             return None
         vector = self.world.sum(sums.vector(0, 0))
-        return StepTotals.of(vector, self.loss, f"the validation of step {self.progress.step}")
+        where = f"the validation of step {self.progress.step}"
+        return StepTotals.of(vector, self.loss, where, sums.experts.numel())
 
     def training_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the steps to come."""

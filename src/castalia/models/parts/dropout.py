@@ -23,8 +23,8 @@ SECOND = 0x735A2D97
 GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio: consecutive counters become words that are far apart."""
 
-EMBEDDING, ATTENTION_OUT, MLP_OUT, PROBABILITIES = range(4)
-"""Places of a layer where something is dropped."""
+EMBEDDING, ATTENTION_OUT, MLP_OUT, PROBABILITIES, JITTER, CHOICE = range(6)
+"""Places of a layer where something is dropped, or drawn."""
 
 
 class Draws(NamedTuple):
@@ -95,16 +95,28 @@ def drop_hidden(x_BTC: Tensor, draws: Draws | None, place: int) -> Tensor:
     """
     if draws is None or draws.hidden == 0.0:
         return x_BTC
-    own = draws.at(place)
-    number, count = draws.part
-    tokens = own.tokens
-    if count > 1:
-        T = x_BTC.shape[1]
-        tokens = tokens[:, number * T : (number + 1) * T]
+    low, high = token_words(draws.at(place), x_BTC.shape[1])
     channels = torch.arange(x_BTC.shape[2], device=x_BTC.device)
-    low = mix(own.low[:, None], tokens)
-    high = mix(own.high[:, None], tokens)
     return scaled(x_BTC, kept(low, high, channels, draws.hidden), draws.hidden)
+
+
+def token_words(draws: Draws, T: int) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words of each token, int64 (B, T); T may be a part of those between the
+    matrices."""
+    number = draws.part[0]
+    tokens = draws.tokens
+    if T < tokens.shape[1]:
+        tokens = tokens[:, number * T : (number + 1) * T]
+    return mix(draws.low[:, None], tokens), mix(draws.high[:, None], tokens)
+
+
+def uniform(draws: Draws, place: int, T: int, channels: int) -> Tensor:
+    """Numbers of each token from 0 to 1, both excluded; (B, T, channels) float32."""
+    low, high = token_words(draws.at(place), T)
+    counters = torch.arange(channels, device=low.device)
+    x = low[..., None] + counters * GOLDEN & WORD
+    # 23 bits and a half of one: the last number below 1 that fp32 has.
+    return ((mix(x, high[..., None]) >> 9) + 0.5) * 2.0**-23
 
 
 def drop_probabilities(p_BHTK: Tensor, draws: Draws) -> Tensor:

@@ -33,7 +33,7 @@ class TransformerBlock(Block):
         self.norm2 = None if config.shared_norm else make_norm(config)
         self.mlp: MLP | GatedMLP | MixtureMLP
         if config.has_experts(layer):
-            self.mlp = MixtureMLP(config)
+            self.mlp = MixtureMLP(config, layer)
         else:
             kind = GatedMLP if config.gated else MLP
             self.mlp = kind(config.hidden_size, config.ffn_size, config.activation, config.mlp_bias)
