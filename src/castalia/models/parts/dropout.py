@@ -105,7 +105,7 @@ def token_words(draws: Draws, T: int) -> tuple[Tensor, Tensor]:
     matrices."""
     number = draws.part[0]
     tokens = draws.tokens
-    if T < tokens.shape[1]:
+    if tokens.shape[1] > T:
         tokens = tokens[:, number * T : (number + 1) * T]
     return mix(draws.low[:, None], tokens), mix(draws.high[:, None], tokens)
 

@@ -7,8 +7,8 @@ from castalia.experts.auxiliary import Book, Routing, with_losses
 from castalia.experts.decision import Decision, decide, load_of
 from castalia.experts.groups import Groups
 from castalia.experts.layer import Experts
-from castalia.experts.local import local_part
 from castalia.experts.ledger import Ledger
+from castalia.experts.local import local_part
 from castalia.experts.router import Router, scores_of, weights_of
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
