@@ -115,8 +115,7 @@ def expert_problems(config: "RunConfig") -> list[str]:
         )
     if moe and config.parallel.uneven:
         problems.append(
-            "parallel.uneven=true fills ranks up with rows of padding, which experts would be"
-            " balanced over; set it to false"
+            "parallel.uneven=true adds rows of padding that experts would balance; set it to false"
         )
     return problems
 
