@@ -271,8 +271,7 @@ class Trainer:
         if self.passes.counts:
             tokens = sum(batch.targets for batch in micro_batches)
         vector = self.world.sum(sums.vector(tokens, hashed if self.passes.counts else 0))
-        where = f"step {self.progress.step + 1}"
-        return StepTotals.of(vector, self.loss, where, sums.experts.numel())
+        return StepTotals.of(vector, self.loss, f"step {self.progress.step + 1}", len(sums.experts))
 
     def agree(self, verdict: Verdict) -> Verdict:
         """The worst verdict of any rank; a stop that any rank was asked for becomes everyone's.
@@ -346,8 +345,12 @@ class Trainer:
         if self.stop:
             return None
         vector = self.world.sum(sums.vector(0, 0))
-        where = f"the validation of step {self.progress.step}"
-        return StepTotals.of(vector, self.loss, where, sums.experts.numel())
+        return StepTotals.of(
+            vector,
+            self.loss,
+            f"the validation of step {self.progress.step}",
+            len(sums.experts),
+        )
 
     def training_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the steps to come."""
