@@ -26,9 +26,6 @@ ROW = 32
 # What a file without a batch, or with a tokenizer that is not on this machine, leaves open.
 OPEN = ("train.batch_size=4", "model.vocab_size=256", "model.make_vocab_size_divisible_by=64")
 REASONS = {
-    "pattern has 'mamba'": "Mamba",
-    "pattern has 'rwkv6'": "RWKV",
-    "family.*gmlp": "gMLP",
     "DPO, KTO, reward models and REINFORCE are not supported yet": "another loss",
     "a comma is missing before this place": "fault of the file: a comma is missing",
     "published with layers and heads exchanged": "fault of the file: layers and heads exchanged",
@@ -145,6 +142,15 @@ def narrow(model: ModelConfig) -> dict[str, Any]:
     return shrunk
 
 
+def architecture_of(model: ModelConfig) -> str:
+    """The architecture of transformers that expresses a model; empty if there is none."""
+    try:
+        form, lacks = best_format(model)
+    except ConfigError:
+        return ""
+    return "" if lacks else form.architectures[0]
+
+
 def outcome(path: Path, tokens: Path, labels: Path, folder: Path) -> Outcome:
     """Read a file, and train it for two steps at reduced width, or say why it is refused."""
     try:
@@ -156,11 +162,10 @@ def outcome(path: Path, tokens: Path, labels: Path, folder: Path) -> Outcome:
         return Outcome([], known[0] if known else str(error))
     kept = Losses()
     Trainer(small.config, ALONE, hooks=[kept]).fit()
-    form, lacks = best_format(whole.config.model)
     return Outcome(
         kept.losses,
         family=whole.config.model.family,
-        architecture="" if lacks else form.architectures[0],
+        architecture=architecture_of(whole.config.model),
         precision=whole.config.precision,
         notes=tuple(whole.notes),
     )

@@ -5,7 +5,7 @@ import pytest
 from castalia.checkpoint.policy import SavePolicy
 from castalia.core.errors import ConfigError
 from castalia.models import build_model_config
-from castalia.models.flops import parameter_counts
+from castalia.models.flops import active_parameters, parameter_counts
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, preset, preset_names
 from castalia.recipes.pythia import SMALLER_BATCHES, V0_SIZES
@@ -172,7 +172,11 @@ OTHERS = {
     "olmo-2-7b": 7_298_617_344,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
+    "olmoe-1b-7b": 6_919_161_856,
+    "mixtral-8x7b": 46_702_792_704,
 }
+ACTIVE = {"olmoe-1b-7b": 1.28, "mixtral-8x7b": 12.88}
+"""Billions of parameters that work on a token: arXiv:2409.02060 has 1.3, arXiv:2401.04088 13."""
 PALM = {"palm-8b": 8.63, "palm-62b": 62.50, "palm-540b": 540.35}
 
 
@@ -183,6 +187,8 @@ def test_models_of_other_families_have_the_published_number_of_parameters():
         assert parameter_counts(load_config([name]).model).total / 1e9 == pytest.approx(
             billions, rel=3e-4
         )
+    for name, billions in ACTIVE.items():
+        assert round(active_parameters(load_config([name]).model) / 1e9, 2) == billions
 
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("debug-")])

@@ -25,9 +25,6 @@ PARTIAL = (
 )
 """Files of GPT-NeoX without a model, which others name beside one with a model."""
 REFUSED = {
-    "neox__configs_gmlp_small.yml": "gMLP",
-    "neox__configs_mamba_mamba-130M.yml": "Mamba",
-    "neox__configs_rwkv_170M.yml": "RWKV",
     "pythia__models_12B_pythia-12b-deduped.yml": "fault of the file: layers and heads exchanged",
     "pythia__models_12B_pythia-12b.yml": "fault of the file: a comma is missing",
 }
@@ -35,6 +32,10 @@ LLAMA = ("llama", "LlamaForCausalLM")
 FAMILIES = {
     # No architecture of transformers has a Sinkhorn router.
     "neox__configs_125M-dmoe.yml": ("neox", ""),
+    "neox__configs_gmlp_small.yml": ("gmlp", ""),
+    # With GPT-NeoX's table of positions they are a transformer's in all but their layers.
+    "neox__configs_mamba_mamba-130M.yml": ("neox", ""),
+    "neox__configs_rwkv_170M.yml": ("neox", ""),
     "neox__configs_llama2_7B.yml": LLAMA,
     "neox__configs_llama_7B.yml": LLAMA,
     "neox__configs_llemma_7B.yml": LLAMA,
@@ -44,6 +45,7 @@ FAMILIES = {
 }
 """Files that do not become `neox` and GPTNeoXForCausalLM."""
 BF16 = (
+    "neox__configs_rwkv_170M.yml",
     "neox__configs_125M-dmoe.yml",
     "neox__configs_bf16_125M.yml",
     "neox__configs_llemma_7B.yml",
@@ -105,6 +107,16 @@ OPTIONS = [
     {
         "attention_config": [[["sparse_variable", "bslongformer"], "all"]],
         "sparsity_config": {"block": 4, "local_window_blocks": [2]},
+    },
+    {"attention_config": [[["mamba", "flash"], "all"]], "moe_num_experts": 4, "moe_top_k": 2},
+    {"attention_config": [[["rwkv", "amlp"], "all"]], "gmlp_attn_dim": 16, "dim_att": 128},
+    # All of the older configs/125M-moe.yml.
+    {
+        "moe_type": "deepspeed",
+        "moe_token_dropping": True,
+        "moe_num_experts": 4,
+        "enable_expert_tensor_parallelism": True,
+        "moe_expert_parallel_size": 1,
     },
 ]
 """Options of GPT-NeoX that none of its files has, each at least once."""

@@ -4,32 +4,11 @@ Where a paper does not say how a model was trained, the rates are those of a mod
 comment says so. Data and tokenizer are yours: see `data.train`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
+from castalia.recipes.shapes import M, Published
+from castalia.recipes.zoo_experts import EXPERTS
 
-class Published(NamedTuple):
-    """One model."""
-
-    family: str
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    lr: float
-    tokens: float
-    """Tokens of the whole training."""
-    batch_tokens: int
-    """Tokens of one step."""
-    seq_length: int
-    options: dict[str, Any] = {}
-    """Of the section `model`, beside the family's defaults."""
-    weight_decay: float = 0.1
-    min_lr_share: float = 0.1
-    """The last learning rate as a share of the peak."""
-    warmup_steps: int = 2000
-
-
-M = 1 << 20
 LLAMA_3 = {
     "num_kv_heads": 8,
     "rotary_emb_base": 500000.0,
@@ -162,7 +141,7 @@ NEOX = {
         warmup_steps=1500,
     ),
 }
-MODELS = {**NEOX, **LLAMA, **MISTRAL, **FALCON, **PALM, **GPT_2, **OTHERS}
+MODELS = {**NEOX, **LLAMA, **MISTRAL, **FALCON, **PALM, **GPT_2, **OTHERS, **EXPERTS}
 
 
 def published(name: str) -> dict[str, Any]:
@@ -170,6 +149,7 @@ def published(name: str) -> dict[str, Any]:
     model = MODELS[name]
     steps = round(model.tokens / model.batch_tokens)
     neox = model.family == "neox"
+    heads = {"num_attention_heads": model.heads} if model.heads else {}
     return {
         "recipe": name,
         "output": f"runs/{name}",
@@ -179,7 +159,7 @@ def published(name: str) -> dict[str, Any]:
             "family": model.family,
             "num_layers": model.layers,
             "hidden_size": model.width,
-            "num_attention_heads": model.heads,
+            **heads,
             "vocab_size": model.vocabulary,
             # The published matrices have exactly so many rows.
             "make_vocab_size_divisible_by": 1,
