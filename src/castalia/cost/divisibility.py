@@ -16,6 +16,7 @@ def layout_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfi
             f"{whole_row_reader(model)} reads each row from its beginning, so"
             f" parallel.cp={parallel.cp} ranks cannot share one; set parallel.cp=1"
         )
+    problems += expert_problems(model, parallel)
     return problems + context_problems(seq_length, parallel)
 
 

@@ -157,6 +157,10 @@ class Family(ABC):
         """Those of the block at place `layer`, where layers differ; None if it has none of them."""
         return self.parts(config)
 
+    def starts_at(self, config: Any, name: str) -> Sequence[tuple[str, Start]]:
+        """`starts` for the parameter `name`, of a model whose layers are of several kinds."""
+        return self.starts(config)
+
     def start_of(self, config: ModelConfig, name: str) -> Start:
         """The start value of the parameter `name`.
 
@@ -164,7 +168,7 @@ class Family(ABC):
                 and nothing would say so.
         """
         # The first match decides, so a family lists exceptions before the rule.
-        starts = (*self.starts(config), SCORE)
+        starts = (*self.starts_at(config, name), SCORE)
         for pattern, start in starts:
             if fnmatchcase(name, pattern):
                 return start if config.mup is None else self.start_by_width(config, name)

@@ -115,7 +115,6 @@ class Transformer(Family):
         inner = drawn(config.init_method, *shape)
         outer = drawn(config.output_layer_init_method, *shape)
         return [
-            *(start for kind in config.block_kinds for start in KINDS[kind].starts(config)),
             ("*.bias", ZEROS),
             ("*norm*.weight", ONES),
             ("*.mlp.experts.*_bias", ZEROS),
@@ -129,6 +128,13 @@ class Transformer(Family):
             ("positions.weight", inner),
             ("position_bias.weight", Normal((2 / (config.rpe_num_buckets + heads(config))) ** 0.5)),
         ]
+
+    def starts_at(self, config: TransformerConfig, name: str) -> list[tuple[str, Start]]:
+        """Those of the layer's kind come first."""
+        kind = kind_at(config, name)
+        # Of this kind alone: two kinds may give parts of different starts the same name.
+        own = [] if kind == ATTENTION else KINDS[kind].starts(config)
+        return [*own, *self.starts(config)]
 
     def costs(self, config: TransformerConfig, layer: int) -> Costs:
         """Sums over the parts of a block."""
@@ -196,12 +202,14 @@ class Transformer(Family):
         return problems
 
     def is_hidden(self, config: TransformerConfig, name: str) -> bool:  # type: ignore[override]
-        """Matrices of attention and MLP, and what the kinds of layers name."""
+        """Matrices of attention and MLP, and what the layer's kind names."""
+        kind = kind_at(config, name)
+        if kind != ATTENTION:
+            return any(fnmatchcase(name, pattern) for pattern in KINDS[kind].hidden)
         if fnmatchcase(name, EXPERTS):
             return not name.endswith("bias")
-        kinds = (pattern for kind in config.block_kinds for pattern in KINDS[kind].hidden)
-        hidden = (*kinds, *BESIDE_EXPERTS)
-        return super().is_hidden(config, name) or any(fnmatchcase(name, p) for p in hidden)
+        beside = any(fnmatchcase(name, pattern) for pattern in BESIDE_EXPERTS)
+        return beside or super().is_hidden(config, name)
 
     def parts(self, config: TransformerConfig) -> Parts:
         """The parameters of a block, from the config; without an MLP if all layers have experts."""
@@ -280,6 +288,12 @@ def inner_numbers(config: TransformerConfig, layer: int) -> int:
     # Of each expert also what it reads and what it gives, and the scores.
     chosen = moe.top_k * (copies * config.expert_size + 2 * config.hidden_size)
     return chosen + copies * (moe.shared_size + moe.residual * config.ffn_size) + 2 * moe.experts
+
+
+def kind_at(config: TransformerConfig, name: str) -> str:
+    """The kind of the layer that the parameter `name` lies in; attention for those of no layer."""
+    module, _, rest = name.partition(".")
+    return config.block_kind(int(rest.partition(".")[0])) if module == "layers" else ATTENTION
 
 
 def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
