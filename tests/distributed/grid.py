@@ -289,6 +289,19 @@ GRID = [
     Row("fsdp", "dp_shard=2", "mamba2"),
     Row("fsdp x tp", "dp_shard=2 tp=2", "mamba2, selective"),
     Row("pp x tp", "pp=2 tp=2", "mamba2, zero bubble"),
+    Row("pp", "pp=2", "rwkv7, interleaved", core=True),
+    Row("pp", "pp=2", "rwkv6, 1f1b", core=True),
+    Row("pp", "pp=2", "rwkv7, 1f1b"),
+    Row("pp", "pp=2", "rwkv7, zero bubble"),
+    Row("pp", "pp=2", "rwkv7, 1f1b, recompute"),
+    Row("pp", "pp=2", "rwkv6, interleaved"),
+    Row("pp", "pp=2", "attention before rwkv7, interleaved"),
+    Row("fsdp", "dp_shard=2", "rwkv6"),
+    Row("fsdp", "dp_shard=2", "rwkv7"),
+    Row("fsdp", "dp_shard=2", "rwkv7, recompute"),
+    Row("fsdp", "dp_shard=2", "rwkv7, compiled"),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "rwkv7, 1f1b"),
+    Row("hsdp", "dp_replicate=2 dp_shard=2", "rwkv6, selective"),
 ]
 
 

@@ -179,6 +179,13 @@ MODELS = {
         "model.mamba2={head_size: 16, state_size: 8, groups: 2, chunk_size: 5, bias: true}",
         "data.document_mask=eod",
     ),
+    "rwkv6": ("debug-rwkv6", "model.rwkv6.head_size=8", "data.document_mask=eod"),
+    "rwkv7": ("debug-rwkv", "model.rwkv7.head_size=8", "data.document_mask=eod"),
+    "attention before rwkv7": (
+        "model.pattern=[attention,attention,rwkv7,rwkv7]",
+        "model.rwkv7.head_size=8",
+        "data.document_mask=eod",
+    ),
     "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
 }
 """Families and options whose parameters or statistics are laid out in their own way."""
@@ -186,7 +193,9 @@ RUNS = {
     "": (),
     "accumulated": ACCUMULATED,
     "1f1b": MICRO,
+    "1f1b, recompute": (*MICRO, "train.recompute=true"),
     "zero bubble": (*MICRO, "parallel.schedule=zero_bubble"),
+    "interleaved": (*MICRO, "model.num_layers=4", "parallel.schedule=interleaved_1f1b"),
     "recompute": ("train.recompute=true",),
     "selective": ("train.recompute=selective",),
     "compiled": ("train.compile=true",),

@@ -63,7 +63,7 @@ class FormatFlags:
         FORMAT(metavar="FOLDER", help="By default RUN/exports/hf/step1000 and the like."),
     ] = None
     dtype: Annotated[
-        str | None, FORMAT(help="hf, neox, peft: fp32, bf16 or fp16.", show_default="fp32")
+        str | None, FORMAT(help="hf, neox, peft, rwkv: fp32, bf16 or fp16.", show_default="fp32")
     ] = None
     quantization: Annotated[
         str | None,

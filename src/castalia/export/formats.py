@@ -25,6 +25,7 @@ from castalia.export.gguf_vocabulary import END_ROLES, differences
 from castalia.export.neox import write_neox
 from castalia.export.neox_config import NeoxShape, neox_notes, neox_refuses
 from castalia.export.peft import Peft
+from castalia.export.rwkv import Rwkv
 from castalia.export.written import own_reader, transformers_reader
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.exported import GGUF_FILE, ExportFolder
@@ -334,3 +335,4 @@ class Neox(ParallelFormat):
 
 
 EXPORTS.register("peft")(Peft)
+EXPORTS.register("rwkv")(Rwkv)

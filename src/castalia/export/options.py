@@ -18,7 +18,7 @@ class ExportOptions(TypedDict, total=False):
     """Options of `export` about the files and their checks; None or left out for the default."""
 
     dtype: str | None
-    """How `hf` and `neox` store weights: fp32, bf16 or fp16."""
+    """How `hf`, `neox`, `peft` and `rwkv` store weights: fp32, bf16 or fp16."""
     quantization: str | None
     """How the other formats store them; the class of each lists its values."""
     activation: str | None

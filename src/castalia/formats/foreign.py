@@ -1,5 +1,5 @@
 """Models in the formats of other trainers and engines, read directly: GPT-NeoX checkpoints, Meta's
-LLaMA folders, GGUF files of floats.
+LLaMA folders, GGUF files of floats, RWKV's .pth files.
 
 A new format is a class here, registered; Hugging Face folders have a room of their own.
 """
@@ -17,6 +17,7 @@ from castalia.core.registry import Registry
 from castalia.formats.gguf import find_gguf, read_gguf
 from castalia.formats.meta import is_meta_folder, read_meta
 from castalia.formats.neox import find_neox, read_neox, step_of
+from castalia.formats.rwkv import find_rwkv, read_rwkv
 from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -146,6 +147,29 @@ class Gguf(Format):
         ids = None if tokenizer is None else tokenizer.vocab_size
         model = read_gguf(found, ids, given.optional)
         special = gguf_ids(model.metadata, model.config.vocab_size)
+        return ForeignModel(
+            found.parent, model.config, model.tensors, tokenizer, None, special, model.files
+        )
+
+
+@FORMATS.register("rwkv")
+class Rwkv(Format):
+    """RWKV 6 and 7 as BlinkDL distributes them."""
+
+    name = "a .pth file of RWKV"
+
+    @classmethod
+    def find(cls, path: Path, step: int | None = None) -> Path | None:
+        """See `Format`."""
+        return find_rwkv(path)
+
+    @classmethod
+    def open(cls, found: Path, given: Help) -> ForeignModel:
+        """See `Format`."""
+        tokenizer = tokenizer_of(found, given.tokenizer, (found.parent,))
+        ids = None if tokenizer is None else tokenizer.vocab_size
+        model = read_rwkv(found, ids, given.optional)
+        special = SpecialIds.of_tokenizer(tokenizer)
         return ForeignModel(
             found.parent, model.config, model.tensors, tokenizer, None, special, model.files
         )

@@ -106,6 +106,18 @@ class Rwkv6Options(Config):
         mix = 64 if width >= WIDE else 32
         return Ranks6(self.mix_rank or mix, self.decay_rank or 2 * mix)
 
+    def complete(self, width: int) -> "Rwkv6Options":
+        """All sizes in numbers, in a model of this width."""
+        ranks = self.ranks(width)
+        return Rwkv6Options(
+            head_size=self.head_size,
+            attention_size=self.inner(width),
+            ffn_size=self.ffn(width),
+            mix_rank=ranks.mix,
+            decay_rank=ranks.decay,
+            norm_epsilon=self.head_epsilon,
+        )
+
     @property
     def head_epsilon(self) -> float:
         """Epsilon of the norm over each head."""
@@ -142,6 +154,18 @@ class Rwkv7Options(Config):
     def ffn(self, width: int) -> int:
         """Width inside the channel mixing in a model of this width."""
         return self.ffn_size or 4 * width
+
+    def complete(self, width: int) -> "Rwkv7Options":
+        """All sizes in numbers, in a model of this width."""
+        ranks = self.ranks(width)
+        return Rwkv7Options(
+            head_size=self.head_size,
+            ffn_size=self.ffn(width),
+            decay_rank=ranks.decay,
+            rate_rank=ranks.rate,
+            value_rank=ranks.value,
+            gate_rank=ranks.gate,
+        )
 
     def ranks(self, width: int) -> "Ranks7":
         """Ranks of the matrices that make decays, rates, mixes of values and gates."""

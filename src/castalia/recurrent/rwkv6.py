@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.options import Rwkv6Options
-from castalia.recurrent.token_shift import Kept, in_fp32, token_before
+from castalia.recurrent.token_shift import Kept, in_fp32, token_before, wide
 from castalia.recurrent.wkv6 import wkv6, wkv6_by_token
 
 MIXES = 5
@@ -71,16 +71,16 @@ class TimeMix6(nn.Module):
         """Receptance, keys, values and the changes of the decays, (B, T, A) -> (B, T, A), all
         computed in fp32."""
         with in_fp32(r):
-            log_w = -torch.exp(self.decay.float() + slowed.float())
+            log_w = -torch.exp(wide(self.decay) + wide(slowed))
             heads = (r, k, v, log_w)
-            r, k, v, log_w = (x.float().unflatten(-1, (-1, self.head_size)) for x in heads)
+            r, k, v, log_w = (wide(x).unflatten(-1, (-1, self.head_size)) for x in heads)
             if kept is None:
                 state = empty_state(r)
             else:
                 state = kept["wkv"]
             # A token or two are not worth a chunk.
             form = wkv6_by_token if r.shape[1] <= 2 else wkv6
-            out, state = form(r, k, v, log_w, self.bonus.float(), state, runs_BT)
+            out, state = form(r, k, v, log_w, wide(self.bonus), state, runs_BT)
             if kept is not None:
                 kept["wkv"] = state
             normed: Tensor = self.norm(out)
@@ -120,7 +120,7 @@ class HeadwiseNorm(nn.Module):
     def forward(self, x_BTHN: Tensor) -> Tensor:
         """(B, T, H, N) in fp32 -> (B, T, H * N)."""
         normed = F.layer_norm(x_BTHN, (self.head_size,), eps=self.eps).flatten(-2)
-        return normed * self.weight.float() + self.bias.float()
+        return normed * wide(self.weight) + wide(self.bias)
 
 
 def vector(width: int) -> nn.Parameter:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from castalia.recurrent.options import Rwkv7Options
 from castalia.recurrent.rwkv6 import HeadwiseNorm, empty_state, matrix, vector
-from castalia.recurrent.token_shift import Kept, in_fp32, token_before
+from castalia.recurrent.token_shift import Kept, in_fp32, token_before, wide
 from castalia.recurrent.wkv7 import wkv7, wkv7_by_token
 
 NORM_EPSILON = 64e-5
@@ -100,13 +100,13 @@ class TimeMix7(nn.Module):
         """Receptance, keys, values, the changes of decays and of rates, (B, T, C) -> (B, T, C), all
         computed in fp32."""
         with in_fp32(r):
-            log_w = -SLOWEST * torch.sigmoid(self.decay.float() + slowed.float())
-            rate = torch.sigmoid(self.rate.float() + rate.float())
-            removed = k.float() * self.key_scale.float()
-            k = k.float() * (1 + (rate - 1) * self.key_rate.float())
+            log_w = -SLOWEST * torch.sigmoid(wide(self.decay) + wide(slowed))
+            rate = torch.sigmoid(wide(self.rate) + wide(rate))
+            removed = wide(k) * wide(self.key_scale)
+            k = wide(k) * (1 + (rate - 1) * wide(self.key_rate))
             heads = (r, log_w, k, v, removed, rate)
             r, log_w, k, v, removed, rate = (
-                x.float().unflatten(-1, (-1, self.head_size)) for x in heads
+                wide(x).unflatten(-1, (-1, self.head_size)) for x in heads
             )
             removed = F.normalize(removed, dim=-1)
             if kept is None:
@@ -118,7 +118,7 @@ class TimeMix7(nn.Module):
             out, state = form(r, log_w, k, v, -removed, removed * rate, state, runs_BT)
             if kept is not None:
                 kept["wkv"] = state
-            own = (r * k * self.bonus.float()).sum(-1, keepdim=True) * v
+            own = (r * k * wide(self.bonus)).sum(-1, keepdim=True) * v
             normed: Tensor = self.norm(out) + own.flatten(-2)
         return normed
 

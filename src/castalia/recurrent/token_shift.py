@@ -51,9 +51,14 @@ def in_fp32(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def into_chunks(x_BTHN: Tensor, size: int) -> Tensor:
-    """(B, T, H, N) -> (B, H, chunks, size, N) in fp32, padded with zeros at the end."""
-    x_BTHN = F.pad(x_BTHN.float(), (0, 0, 0, 0, 0, -x_BTHN.shape[1] % size))
+    """(B, T, H, N) -> (B, H, chunks, size, N), padded with zeros at the end."""
+    x_BTHN = F.pad(x_BTHN, (0, 0, 0, 0, 0, -x_BTHN.shape[1] % size))
     return x_BTHN.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).contiguous()
 
 
