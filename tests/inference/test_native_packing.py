@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from castalia.core import native_code
 from castalia.core.errors import ConfigError
 from castalia.distributed import initialize
 from castalia.inference.native import compiled
@@ -101,7 +102,7 @@ def test_whole_numbers_are_summed_exactly(
         assert (got - make("int8_dynamic", packed)(x)).abs().max() < 3e-6 * want.abs().max()
 
 
-@pytest.mark.skipif(compiled.chosen_compiler() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(native_code.chosen_compiler() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize(
     "processor",
     [
@@ -114,13 +115,14 @@ def test_whole_numbers_are_summed_exactly(
 def test_processors_with_fewer_instructions_sum_the_same(
     layer: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, processor: list[str]
 ) -> None:
-    flags = [flag for flag in compiled.FLAGS if flag != "-march=native"]
+    flags = [flag for flag in native_code.FLAGS if flag != "-march=native"]
     if processor and platform.machine() != "x86_64":
         pytest.skip("these are instructions of x86-64")
-    if processor and not {"avx2", "avx_vnni"} <= set(compiled.processor().split()):
+    if processor and not {"avx2", "avx_vnni"} <= set(native_code.processor().split()):
         pytest.skip("this processor lacks them")
-    path = compiled.compile_into(
-        tmp_path, "plain.so", compiled.chosen_compiler(), [*flags, *processor]
+    compiler = native_code.chosen_compiler()
+    path = native_code.compile_into(
+        tmp_path, "plain.so", compiled.SOURCE, compiler, [*flags, *processor]
     )
     plain = compiled.declared(ctypes.CDLL(str(path)))
     assert plain.castalia_has_dot() == ("-mavxvnni" in processor)
@@ -151,7 +153,7 @@ def require_whole_steps(plain: ctypes.CDLL) -> None:
 
 def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASTALIA_CXX", "none")
-    assert compiled.chosen_compiler() is None
+    assert native_code.chosen_compiler() is None
     assert compiled.library.__wrapped__() is None
     monkeypatch.setenv("CASTALIA_CXX", "false")
     with pytest.warns(

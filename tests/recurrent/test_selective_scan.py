@@ -1,8 +1,10 @@
 """The scan of Mamba in chunks against the recurrence as it is written, results and gradients."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from castalia.recurrent.compiled_scan import scan_library
 from castalia.recurrent.selective_scan import scan_by_token, selective_scan
 
 SIZE, T, E, N = 2, 7, 3, 4
@@ -63,3 +65,51 @@ def test_bf16_inputs_keep_the_state_in_fp32() -> None:
     expected, _ = scan_by_token(*(x.float() for x in narrow.values()))
     assert y.dtype == last.dtype == torch.float32
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(scan_library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("sizes", [(2, 7, 3, 4), (1, 70, 35, 16), (3, 33, 64, 5)])
+def test_the_compiled_scan_is_the_recurrence(sizes: tuple[int, int, int, int]) -> None:
+    """In fp32, against float64: channels that fill no vector, and chunks that fill no row."""
+    size, length, channels, state = sizes
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"u": channels, "dt": channels, "B": state, "C": state}
+    drawn = {name: torch.randn(size, length, n, generator=generator) for name, n in shapes.items()}
+    drawn["dt"] = drawn["dt"].exp()
+    A = -torch.randn(channels, state, generator=generator).exp()
+    # So strong that the exponential is 0.
+    A[0] = -300.0
+    parts = {name: (A if name == "A" else drawn[name]).requires_grad_() for name in NAMES}
+    exact = {name: x.detach().double().requires_grad_() for name, x in parts.items()}
+    starts = torch.rand(size, length, generator=generator) < 0.2
+    past = torch.randn(size, channels, state, generator=generator)
+    weights = torch.linspace(-1, 1, size * length * channels).view(size, length, channels)
+    for where, h in ((None, None), (starts, past)):
+        wide = None if h is None else h.double()
+        want, end = scan_by_token(*exact.values(), where, wide)
+        expected = torch.autograd.grad((want * weights.double()).sum(), list(exact.values()))
+        got, last = selective_scan(*parts.values(), where, h)
+        assert close(got, want)
+        assert close(last, end)
+        gradients = torch.autograd.grad((got * weights).sum(), list(parts.values()))
+        for name, ours, theirs in zip(NAMES, gradients, expected, strict=True):
+            assert close(ours, theirs), name
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    """To the precision of fp32, as a share of the largest."""
+    return bool((got.double() - want).abs().max() <= 3e-6 * want.abs().max())
+
+
+@pytest.mark.skipif(scan_library() is None, reason="no C++ compiler here")
+def test_without_a_compiler_torch_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {name: x.detach().float().requires_grad_() for name, x in inputs().items()}
+    compiled, _ = selective_scan(*parts.values())
+    own = torch.autograd.grad(compiled.sum(), list(parts.values()))
+    monkeypatch.setattr("castalia.recurrent.selective_scan.library_for", lambda A: None)
+    plain, _ = selective_scan(*parts.values())
+    assert torch.allclose(plain, compiled, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(plain, compiled)
+    gradients = torch.autograd.grad(plain.sum(), list(parts.values()))
+    for ours, theirs in zip(gradients, own, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)

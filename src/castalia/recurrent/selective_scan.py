@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castalia.recurrent.compiled_scan import CHUNK as COMPILED_CHUNK
+from castalia.recurrent.compiled_scan import compiled_backward, compiled_scan, library_for
+
 CHUNK_NUMBERS = 1 << 18
 """Numbers of the states of a chunk, so that a chunk stays in the cache of a core."""
 SHORTEST = 8
@@ -68,7 +71,12 @@ def selective_scan(
     chunk   tokens whose states are in memory at a time; a matter of speed alone.
     Gradients flow to u, dt, A, B and C, not to h.
     """
-    length = chunk or chunk_size(len(u), *A.shape)
+    if chunk is not None:
+        length = chunk
+    elif library_for(A) is not None:
+        length = COMPILED_CHUNK
+    else:
+        length = chunk_size(len(u), *A.shape)
     y, _, last = scan_chunks(u, dt, A, B, C, starts, h, length)
     return y, last
 
@@ -111,6 +119,9 @@ def scan_chunks(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `selective_scan`; also returns the states before each chunk, (T / chunk, B, E, N)."""
+    library = library_for(A)
+    if library is not None:
+        return compiled_scan(library, u, dt, A, B, C, starts, h, chunk)
     size, T, E = u.shape
     h = A.new_zeros(size, *A.shape) if h is None else h
     y = torch.empty(size, T, E, dtype=A.dtype, device=u.device)
@@ -158,6 +169,9 @@ def scan_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B and C, the states computed again chunk by chunk, last to first."""
+    library = library_for(A)
+    if library is not None:
+        return compiled_backward(library, dy, borders, u, dt, A, B, C, starts, chunk)
     T = u.shape[1]
     du = torch.empty_like(u)
     ddt = torch.empty_like(dt)

@@ -1,34 +1,23 @@
 """The compiled part of the native engine: step.cpp, built once for each machine, through ctypes.
 
-The build needs a C++ compiler, g++ or clang++; CASTALIA_CXX names another, and `none` turns it off.
-Without one the engine runs on torch's operators: the same numbers up to rounding, in slower steps.
+Without a compiler the engine runs on torch's operators: the same numbers up to rounding, in slower
+steps; see castalia.core.native_code.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from castalia.core.files import cache_folder
+from castalia.core.native_code import native_library
 from castalia.inference.native.packing import PANEL, Packed
 
 SOURCE = Path(__file__).with_name("step.cpp")
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """Storages that the compiled kernels read, with their numbers in step.cpp."""
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-COMPILERS = ("g++", "clang++", "c++")
-COMPILE_SECONDS = 180
-"""A compiler that takes longer hangs."""
 
 Pointer = ctypes.c_void_p
 Long = ctypes.c_int64
@@ -50,81 +39,8 @@ class CLinear(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning, where they cannot be built."""
-    compiler = chosen_compiler()
-    if compiler is None:
-        return None
-    try:
-        path = cached_library(compiler)
-        return declared(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(
-            f"compiling the native kernels failed, so torch's are used: {' '.join(reason)}",
-            stacklevel=2,
-        )
-        return None
-
-
-def chosen_compiler() -> str | None:
-    """Path of the compiler, or None."""
-    wanted = os.environ.get("CASTALIA_CXX")
-    if wanted == "none":
-        return None
-    for name in [wanted] if wanted else COMPILERS:
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    return None
-
-
-def cached_library(compiler: str) -> Path:
-    """The library for this source, compiler and processor, compiled if the cache lacks it."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    # All that decides about the machine code, so that a shared home serves several machines.
-    key = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
-    name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    base = cache_folder()
-    if (base / name).is_file():
-        return base / name
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        return compile_into(base, name, compiler)
-    except OSError:  # a read-only home, or none
-        return compile_into(Path(tempfile.mkdtemp(prefix="castalia-")), name, compiler)
-
-
-def processor() -> str:
-    """The lines of /proc/cpuinfo that decide what -march=native means."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    )
-
-
-def compile_into(folder: Path, name: str, compiler: str, flags: Sequence[str] = FLAGS) -> Path:
-    """Compile under a temporary name and rename: processes that start together load whole files.
-
-    Raises  CalledProcessError or TimeoutExpired if the compiler fails.
-    """
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        # A compiler without OpenMP, as Apple's is, builds the same code for one thread.
-        for threads in (["-fopenmp"], []):
-            command = [compiler, *flags, *threads, str(SOURCE), "-o", temporary]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
-        os.replace(temporary, folder / name)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return folder / name
+    built = native_library(SOURCE, "the native kernels")
+    return None if built is None else declared(built)
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:

@@ -1,0 +1,210 @@
+// The selective scan of Mamba on a CPU, forward and backward, without a tensor of all states. Compiled at first use by
+// compiled_scan.py; plain C, no header of torch. selective_scan.py has the same in torch, with the formulas.
+//
+// Sixteen channels stand side by side in the lanes of a vector, and each has its N numbers in N vectors, so that the
+// recurrence sums nothing across a vector. Names: S rows, T tokens, E channels, N numbers that a channel remembers,
+// L tokens of a chunk. All tensors are contiguous float32: u, dt, y (S, T, E), A (E, N), B, C (S, T, N), h (S, E, N),
+// borders (chunks, S, E, N), the states before each chunk; starts (S, T) bytes or null.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef float V __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef V VU __attribute__((aligned(4)));
+typedef long long Long;
+
+constexpr Long W = 16;      // channels in a vector
+constexpr Long PARTS = 4;   // parts of the channels that threads take; fixed, so that sums have one order
+
+static inline V all(float x) { return V{} + x; }
+
+// The first `count` of 16 numbers, and zeros.
+static inline V load(const float *p, Long count) {
+    if (count >= W) return *(const VU *)p;
+    V v = V{};
+    for (Long i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+
+static inline void store(float *p, V v, Long count) {
+    if (count >= W) {
+        *(VU *)p = v;
+        return;
+    }
+    for (Long i = 0; i < count; i++) p[i] = v[i];
+}
+
+static inline float sum(V v) {
+    float total = 0;
+    for (Long i = 0; i < W; i++) total += v[i];
+    return total;
+}
+
+// exp(x) for x <= 88, within 2 units in the last place; 0 below -87. The polynomial is Cephes' expf.
+static inline V exponential(V x) {
+    const I tiny = x < -87.0f;
+    x = tiny ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
+    const V rounded = x * 1.44269504088896341f + magic;
+    const V k = rounded - magic;
+    const V r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
+    V p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const I power = ((I)rounded - (I)magic + 127) << 23;
+    const V whole = p * (V)power;
+    return tiny ? V{} : whole;
+}
+
+// N numbers of each of `count` channels, (E, N) in memory, as N vectors.
+static void gather(V *into, const float *from, Long count, Long N) {
+    for (Long n = 0; n < N; n++) {
+        V v = V{};
+        for (Long i = 0; i < count; i++) v[i] = from[i * N + n];
+        into[n] = v;
+    }
+}
+
+static void scatter(float *into, const V *from, Long count, Long N) {
+    for (Long n = 0; n < N; n++)
+        for (Long i = 0; i < count; i++) into[i * N + n] = from[n][i];
+}
+
+struct Sizes {
+    Long S, T, E, N, L;
+    Long blocks() const { return (E + W - 1) / W; }
+    Long chunks() const { return (T + L - 1) / L; }
+    // The first block of a part of the channels.
+    Long begin(Long part) const { return blocks() * part / PARTS; }
+};
+
+struct Inputs {
+    const float *u, *dt, *A, *B, *C;
+    const uint8_t *starts;
+};
+
+template <int FIXED>
+static void forward_part(Sizes z, Inputs in, const float *h0, float *y, float *last, float *borders, Long s, Long part) {
+    const Long N = FIXED ? FIXED : z.N;
+    std::vector<V> memory(2 * N);
+    V *A = memory.data(), *h = A + N;
+    for (Long block = z.begin(part); block < z.begin(part + 1); block++) {
+        const Long e = block * W, count = std::min(W, z.E - e);
+        gather(A, in.A + e * N, count, N);
+        if (h0) gather(h, h0 + (s * z.E + e) * N, count, N);
+        else std::fill(h, h + N, V{});
+        for (Long t = 0; t < z.T; t++) {
+            if (t % z.L == 0) scatter(borders + ((t / z.L * z.S + s) * z.E + e) * N, h, count, N);
+            if (in.starts && in.starts[s * z.T + t]) std::fill(h, h + N, V{});
+            const Long place = (s * z.T + t) * z.E + e;
+            const V dt = load(in.dt + place, count), x = dt * load(in.u + place, count);
+            const float *B = in.B + (s * z.T + t) * N, *C = in.C + (s * z.T + t) * N;
+            V out = V{};
+            for (Long n = 0; n < N; n++) {
+                h[n] = exponential(dt * A[n]) * h[n] + x * B[n];
+                out += h[n] * C[n];
+            }
+            store(y + place, out, count);
+        }
+        scatter(last + (s * z.E + e) * N, h, count, N);
+    }
+}
+
+// Gradients of one row's part of the channels. dA is that of the row, dB and dC those of row and part, (T, N) each.
+template <int FIXED>
+static void backward_part(Sizes z, Inputs in, const float *dy, const float *borders, float *du, float *ddt, float *dA,
+                          float *dB, float *dC, Long s, Long part) {
+    const Long N = FIXED ? FIXED : z.N, first = z.begin(part), blocks = z.begin(part + 1) - first;
+    // States of a chunk with the one before it, decays, sums over blocks of the gradients of B and C lane by lane; then
+    // of each block the gradient that comes from behind the chunk, and that of A.
+    std::vector<V> memory((4 * z.L + 2) * N + 2 * blocks * N);
+    V *A = memory.data(), *states = A + N, *decays = states + (z.L + 1) * N;
+    V *sums_B = decays + z.L * N, *sums_C = sums_B + z.L * N;
+    V *behind = sums_C + z.L * N, *sums_A = behind + blocks * N;
+    for (Long chunk = z.chunks() - 1; chunk >= 0; chunk--) {
+        const Long from = chunk * z.L, length = std::min(z.L, z.T - from);
+        std::fill(sums_B, sums_B + 2 * z.L * N, V{});
+        for (Long block = 0; block < blocks; block++) {
+            const Long e = (first + block) * W, count = std::min(W, z.E - e);
+            gather(A, in.A + e * N, count, N);
+            gather(states, borders + ((chunk * z.S + s) * z.E + e) * N, count, N);
+            for (Long l = 0; l < length; l++) {
+                const Long row = s * z.T + from + l, place = row * z.E + e;
+                const V dt = load(in.dt + place, count), x = dt * load(in.u + place, count);
+                const bool begins = in.starts && in.starts[row];
+                const float *B = in.B + row * N;
+                for (Long n = 0; n < N; n++) {
+                    const V decay = begins ? V{} : exponential(dt * A[n]);
+                    decays[l * N + n] = decay;
+                    states[(l + 1) * N + n] = decay * states[l * N + n] + x * B[n];
+                }
+            }
+            V *g = behind + block * N, *own_A = sums_A + block * N;
+            for (Long l = length - 1; l >= 0; l--) {
+                const Long row = s * z.T + from + l, place = row * z.E + e;
+                const V dt = load(in.dt + place, count), u = load(in.u + place, count);
+                const V x = dt * u, out = load(dy + place, count);
+                const float *B = in.B + row * N, *C = in.C + row * N;
+                V dx = V{}, exponents = V{};
+                for (Long n = 0; n < N; n++) {
+                    const V here = g[n] + out * C[n];
+                    sums_C[l * N + n] += out * states[(l + 1) * N + n];
+                    sums_B[l * N + n] += here * x;
+                    dx += here * B[n];
+                    const V back = here * decays[l * N + n];
+                    const V exponent = back * states[l * N + n];
+                    exponents += exponent * A[n];
+                    own_A[n] += exponent * dt;
+                    g[n] = back;
+                }
+                store(du + place, dx * dt, count);
+                store(ddt + place, exponents + dx * u, count);
+            }
+        }
+        for (Long i = 0; i < length * N; i++) {
+            dB[from * N + i] = sum(sums_B[i]);
+            dC[from * N + i] = sum(sums_C[i]);
+        }
+    }
+    for (Long block = 0; block < blocks; block++) {
+        const Long e = (first + block) * W;
+        scatter(dA + e * N, sums_A + block * N, std::min(W, z.E - e), N);
+    }
+}
+
+extern "C" {
+
+void castalia_scan(const Long *sizes, const float *u, const float *dt, const float *A, const float *B, const float *C,
+                   const uint8_t *starts, const float *h, float *y, float *last, float *borders, int threads) {
+    const Sizes z{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    const Inputs in{u, dt, A, B, C, starts};
+    // The size that nearly all models have, unrolled.
+    const auto work = z.N == 16 ? forward_part<16> : forward_part<0>;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (Long task = 0; task < z.S * PARTS; task++) work(z, in, h, y, last, borders, task / PARTS, task % PARTS);
+}
+
+// dA (S, E, N) and dB, dC (S, PARTS, T, N) are to be summed up by the caller.
+void castalia_scan_backward(const Long *sizes, const float *u, const float *dt, const float *A, const float *B,
+                            const float *C, const uint8_t *starts, const float *dy, const float *borders, float *du,
+                            float *ddt, float *dA, float *dB, float *dC, int threads) {
+    const Sizes z{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    const Inputs in{u, dt, A, B, C, starts};
+    const auto work = z.N == 16 ? backward_part<16> : backward_part<0>;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (Long task = 0; task < z.S * PARTS; task++) {
+        const Long s = task / PARTS, part = task % PARTS;
+        work(z, in, dy, borders, du, ddt, dA + s * z.E * z.N, dB + task * z.T * z.N, dC + task * z.T * z.N, s, part);
+    }
+}
+
+Long castalia_scan_parts() { return PARTS; }
+}
