@@ -282,10 +282,45 @@ def gmlp_layer(ours: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
     return {f"sequential.{layer + 2}.{name}": tensor for name, tensor in out.items()}
 
 
+TIME_MIX = {
+    "mix_in": "time_maa_w1",
+    "decay_in": "time_decay_w1",
+    "decay_out": "time_decay_w2",
+    "bonus": "time_faaaa",
+    "norm.weight": "ln_x.weight",
+    "norm.bias": "ln_x.bias",
+    **{f"{name}.weight": f"{name}.weight" for name in ("receptance", "key", "value", "output")},
+    "gate.weight": "gate.weight",
+}
+
+
+def rwkv_layer(ours: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """rwkv.py: vectors with two dimensions more, and no norm of its own for the embedding."""
+    own = {k.split(".", 2)[2]: v for k, v in ours.items() if k.startswith(f"layers.{layer}.")}
+    out = {f"att.{theirs}": own[f"att.{name}"] for name, theirs in TIME_MIX.items()}
+    for letter in "xwkvrg":
+        out[f"att.time_maa_{letter}"] = own[f"att.mix_{letter}"][None, None]
+    out["att.time_maa_w2"] = own["att.mix_out"].view(5, -1, WIDTH)
+    out["att.time_decay"] = own["att.decay"][None, None]
+    for name in ("key", "receptance", "value"):
+        out[f"ffn.{name}.weight"] = own[f"ffn.{name}.weight"]
+    for letter in "kr":
+        out[f"ffn.time_maa_{letter}"] = own[f"ffn.mix_{letter}"][None, None]
+    for kind in ("weight", "bias"):
+        out[f"ln1.{kind}"] = own[f"norm1.{kind}"]
+        out[f"ln2.{kind}"] = own[f"norm2.{kind}"]
+    return {f"sequential.{layer + 2}.{name}": tensor for name, tensor in out.items()}
+
+
 RECURRENT = {"norm": "layernorm", "tie_word_embeddings": False}
 PLAIN = {key: value for key, value in OPTIONS.items() if key != "intermediate_size"}
 KINDS = {
     "mamba": ({"family": "mamba"}, {"attention_config": [[["mamba"], "all"]]}, mamba_layer),
+    "rwkv6": (
+        {"family": "rwkv6", "rwkv6": {"head_size": 8, "ffn_size": 32}},
+        {"attention_config": [[["rwkv"], "all"]], "intermediate_size": 40},
+        rwkv_layer,
+    ),
     "gmlp": (
         {"family": "gmlp", "gmlp": {"bias": False}},
         {"attention_config": [[["gmlp"], "all"]]},
@@ -309,12 +344,20 @@ def test_layers_without_attention(kind: str, tmp_path: Path) -> None:
         name: torch.randn(value.shape, generator=generator) * 0.3
         for name, value in Decoder(config).state_dict().items()
     }
+    for part in ("weight", "bias") if kind == "rwkv6" else ():
+        # GPT-NeoX's first layer norms the embedding with the norm that it has.
+        ours[f"layers.0.norm0.{part}"] = ours[f"layers.0.norm1.{part}"]
     theirs = ends(ours)
     for layer in range(LAYERS):
         theirs |= layer_of(ours, layer)
-    folder = save(tmp_path / "global_step4", theirs, **options, intermediate_size=None)
+    given = {"intermediate_size": None} | options
+    folder = save(tmp_path / "global_step4", theirs, **given)
     read = require_read(folder, ours)
     assert read.family == kind
+    if kind == "rwkv6":
+        with pytest.raises(CastaliaError, match=r"layernorm_epsilon 0\.01 with RWKV"):
+            open_model(save(tmp_path / "other", theirs, **given | {"layernorm_epsilon": 0.01}))
+        return
     with pytest.raises(CastaliaError, match=f"model_parallel_size 2 with layers of .* {kind}"):
         layout_of(read, 2)
 
