@@ -313,7 +313,7 @@ def test_faults_are_one_sentence(tmp_path: Path) -> None:
         (data[:300], "is truncated at byte 300"),
         (b"", "is no GGUF file of version 2 or 3"),
         (data[:4] + struct.pack("<I", 1) + data[8:], "is no GGUF file of version 2 or 3"),
-        (data.replace(b"qwen2", b"rwkv7"), "unknown general.architecture 'rwkv7'"),
+        (data.replace(b"qwen2", b"bloom"), "unknown general.architecture 'bloom'"),
     ):
         bad.write_bytes(content)
         with pytest.raises(CastaliaError, match=message):

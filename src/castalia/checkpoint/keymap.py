@@ -64,6 +64,11 @@ class Join:
         return Transform(back=lambda theirs: self.back(theirs)[number])
 
 
+def rows_joined(sizes: Sequence[int]) -> Join:
+    """Several matrices or vectors as one; `sizes` are their rows."""
+    return Join(lambda ours: torch.cat(list(ours)), lambda theirs: theirs.split(list(sizes)))
+
+
 @dataclass(frozen=True)
 class Rule:
     """One name of theirs, and one of ours or, with a `Join`, several.

@@ -19,7 +19,7 @@ from castalia.export.format import (
     ShardedFormat,
     lost_numerics,
 )
-from castalia.export.gguf import BLOCK, BLOCKED, write_gguf
+from castalia.export.gguf import BLOCK, BLOCKED, unequal_blocks, write_gguf
 from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
 from castalia.export.gguf_vocabulary import END_ROLES, differences
 from castalia.export.neox import write_neox
@@ -27,13 +27,14 @@ from castalia.export.neox_config import NeoxShape, neox_notes, neox_refuses
 from castalia.export.peft import Peft
 from castalia.export.rwkv import Rwkv
 from castalia.export.written import own_reader, transformers_reader
+from castalia.formats.gguf_recurrent import RECURRENT
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.gguf_architectures import refusal
 from castalia.inference.native.packing import CELLS, STORAGES
 from castalia.inference.native.weights import packed_weights, save_weights
 from castalia.models.config import TransformerConfig, require_transformer
-from castalia.models.model_config import ModelConfig
+from castalia.models.model_config import BlocksConfig, ModelConfig
 from castalia.models.windows import window, within_window, without_idle_window
 from castalia.tokenizers.settings import (
     DEFAULT,
@@ -243,6 +244,8 @@ class Gguf(Format):
         reason = super().refuses(config, numbers)
         if reason is not None or numbers not in BLOCKED:
             return reason
+        if isinstance(config, BlocksConfig) and config.family in RECURRENT:
+            return unequal_blocks(config, numbers)
         sizes = widths(config)
         if any(size % BLOCK for size in sizes):
             listed = " and ".join(map(str, sizes))

@@ -13,11 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.export.gguf_model import POSITIONS, gguf_tensors, shape_values, with_heads_apart
-from castalia.export.gguf_values import STRING, UINT32, write_string, write_value
+from castalia.export.gguf_model import (
+    POSITIONS,
+    gguf_tensors,
+    layer_of,
+    shape_values,
+    with_heads_apart,
+)
+from castalia.export.gguf_recurrent import recurrent_tensors, recurrent_values
+from castalia.export.gguf_values import STRING, UINT32, Metadata, write_string, write_value
 from castalia.export.gguf_vocabulary import vocabulary_values
+from castalia.formats.gguf_recurrent import FLOATS, RECURRENT
+from castalia.models import Decoder
 from castalia.models.config import require_transformer
-from castalia.models.model_config import ModelConfig
+from castalia.models.model_config import BlocksConfig, ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer
 
@@ -47,10 +56,10 @@ def write_gguf(
     chat_template: str | None = None,
 ) -> None:
     """Write a model file of a model that `Gguf.refuses` has accepted."""
-    config, tensors = with_heads_apart(require_transformer(config, "llama.cpp"), tensors)
-    named = list(gguf_tensors(tensors, config).items())
+    shape, theirs = shape_and_tensors(config, tensors)
+    named = list(theirs.items())
     values = {
-        **shape_values(config),
+        **shape,
         "general.file_type": (UINT32, FILE_TYPES[quantization]),
         "general.alignment": (UINT32, ALIGNMENT),
         **vocabulary_values(tokenizer, config.padded_vocab_size, special),
@@ -69,9 +78,37 @@ def write_gguf(
             file.write(encoded(tensor, kind_of(name, tensor, quantization)))
 
 
+def shape_and_tensors(
+    config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> tuple[Metadata, dict[str, Tensor]]:
+    """The keys of a model's architecture, and its tensors as that reads them."""
+    if config.family in RECURRENT:
+        assert isinstance(config, BlocksConfig), "a family with a state"
+        theirs = recurrent_tensors(tensors, config)
+        # llama.cpp maps the file: the tensors of a layer stand together, layer after layer.
+        return recurrent_values(config), {n: theirs[n] for n in sorted(theirs, key=layer_of)}
+    model, tensors = with_heads_apart(require_transformer(config, "llama.cpp"), tensors)
+    return shape_values(model), gguf_tensors(tensors, model)
+
+
+def unequal_blocks(config: BlocksConfig, quantization: str) -> str | None:
+    """Why a model with a state cannot be stored in blocks, in one sentence; None if it can."""
+    # On the meta device the model has shapes and no memory.
+    with torch.device("meta"):
+        theirs = recurrent_tensors(Decoder(config).state_dict(), config)
+    for name, tensor in theirs.items():
+        if kind_of(name, tensor, quantization) in BLOCKED and tensor.shape[-1] % BLOCK:
+            return (
+                f"{quantization} needs rows in multiples of {BLOCK}; those of {name} have"
+                f" {tensor.shape[-1]}; choose F16"
+            )
+    return None
+
+
 def kind_of(name: str, tensor: Tensor, quantization: str) -> str:
-    """How a tensor is stored: vectors, positions and routers always in F32."""
-    exact = name == POSITIONS or ROUTER in name
+    """How a tensor is stored: vectors, positions, routers, and what only float32 is read of always
+    in F32."""
+    exact = name == POSITIONS or ROUTER in name or FLOATS.search(name)
     return quantization if tensor.dim() > 1 and not exact else "F32"
 
 

@@ -1,13 +1,13 @@
 """Key-map rules of a transformer block, from what the family declares of its parts and a format's
 names."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.keymap import Join, Rule, Transform
+from castalia.checkpoint.keymap import Rule, Transform, rows_joined
 from castalia.core.errors import ConfigError
 from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
@@ -62,11 +62,6 @@ def linear_rules(
             else:
                 rules.append(Rule(ours, place, rows_joined([part.outputs for part in group])))
     return rules
-
-
-def rows_joined(sizes: Sequence[int]) -> Join:
-    """Several matrices as one; `sizes` are their rows."""
-    return Join(lambda ours: torch.cat(list(ours)), lambda theirs: theirs.split(list(sizes)))
 
 
 def norm_rules(norm: NormPart, theirs: str, kinds: Mapping[str, str]) -> list[Rule]:

@@ -19,9 +19,11 @@ from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.formats.gguf_experts import experts_of, shared_of, with_rows
 from castalia.formats.gguf_file import GgufFile, Metadata, damage_of, read_gguf_file
 from castalia.formats.gguf_layout import EMBEDDING, HEAD, gguf_layout
+from castalia.formats.gguf_recurrent import RECURRENT, recurrent_options, recurrent_weights
 from castalia.formats.pieces import Layout, gathered
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
+from castalia.models.model_config import BlocksConfig, ModelConfig
 
 SUFFIX = ".gguf"
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -40,7 +42,7 @@ class GgufModel(NamedTuple):
 
     tensors: StoredTensors
     """Weights under our names, in the dtype of the file."""
-    config: TransformerConfig
+    config: ModelConfig
     metadata: dict[str, Any]
     files: tuple[Path, ...]
 
@@ -83,13 +85,58 @@ def read_gguf(
         tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
         tensors = with_rows(tensors)
         file = GgufFile(opened[0].metadata, tensors)
+        values = Metadata(file.metadata, str(path))
+        if values.architecture in RECURRENT:
+            ours, own = read_recurrent(file, values, vocab_size, optional)
+            return GgufModel(ours, own, file.metadata, tuple(files))
         config = gguf_config(file, str(path), vocab_size)
-        layout = gguf_layout(config, Metadata(file.metadata, str(path)).architecture, tensors)
+        layout = gguf_layout(config, values.architecture, tensors)
     unused = [*UNUSED, *zero_biases(layout, tensors)]
     if config.tie_word_embeddings:
         unused.append(re.escape(HEAD))
-    ours = gathered(str(path), layout, [tensors], unused, optional)
-    return GgufModel(ours, config, file.metadata, tuple(files))
+    whole = gathered(str(path), layout, [tensors], unused, optional)
+    return GgufModel(whole, config, file.metadata, tuple(files))
+
+
+def read_recurrent(
+    file: GgufFile, values: Metadata, vocab_size: int | None, optional: Collection[str]
+) -> tuple[StoredTensors, BlocksConfig]:
+    """The model of a file of Mamba or RWKV.
+
+    Raises  CheckpointError if names or shapes do not fit; ConfigError if a value is missing or asks
+            for what no layer here computes.
+    """
+    shape = {
+        **vocabulary_of(file, values.where, vocab_size),
+        "num_layers": values.need("block_count"),
+        "hidden_size": values.need("embedding_length"),
+        "max_position_embeddings": values.need("context_length"),
+        "layernorm_epsilon": epsilon(values),
+    }
+    options = recurrent_options(values, file.tensors)
+    config = build_model_config(shape | options, values.where)
+    assert isinstance(config, BlocksConfig), "a family with a state"
+    tensors = dict(file.tensors)
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    return recurrent_weights(config, tensors, values.where, optional), config
+
+
+def vocabulary_of(file: GgufFile, where: str, vocab_size: int | None) -> dict[str, Any]:
+    """The part of our config about the two matrices of the vocabulary.
+
+    Raises  CheckpointError without an embedding; ConfigError if the tokenizer has more ids.
+    """
+    if EMBEDDING not in file.tensors:
+        raise CheckpointError(f"{where} lacks {EMBEDDING}; convert the model again")
+    rows = len(file.tensors[EMBEDDING])
+    real = vocab_size or rows
+    require_vocabulary(where, real, rows)
+    return {
+        "vocab_size": real,
+        "make_vocab_size_divisible_by": 128 if -(-real // 128) * 128 == rows else rows,
+        "tie_word_embeddings": is_tied(file.tensors),
+    }
 
 
 def zero_biases(layout: Layout, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -111,23 +158,17 @@ def gguf_config(file: GgufFile, where: str, vocab_size: int | None) -> Transform
     if values.architecture not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: unknown general.architecture {values.architecture!r}; choose one of"
-            f" {', '.join(ARCHITECTURES)}{nearest(values.architecture, ARCHITECTURES)}"
+            f" {', '.join((*ARCHITECTURES, *RECURRENT))}"
+            f"{nearest(values.architecture, (*ARCHITECTURES, *RECURRENT))}"
         )
-    if EMBEDDING not in file.tensors:
-        raise CheckpointError(f"{where} lacks {EMBEDDING}; convert the model again")
-    rows = len(file.tensors[EMBEDDING])
-    real = vocab_size or rows
-    require_vocabulary(where, real, rows)
     shape: dict[str, Any] = {
         "num_layers": values.need("block_count"),
         "hidden_size": values.need("embedding_length"),
         "num_attention_heads": values.need("attention.head_count"),
         "num_kv_heads": values.get("attention.head_count_kv"),
         "intermediate_size": values.need("feed_forward_length"),
-        "vocab_size": real,
-        "make_vocab_size_divisible_by": 128 if -(-real // 128) * 128 == rows else rows,
+        **vocabulary_of(file, where, vocab_size),
         "max_position_embeddings": values.need("context_length"),
-        "tie_word_embeddings": is_tied(file.tensors),
         "layernorm_epsilon": epsilon(values),
     }
     odd = [name for name, none in NEUTRAL.items() if values.get(name) not in (None, 0, none)]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from castalia.experts.expressing import unexpressed_experts
+from castalia.formats.gguf_recurrent import RECURRENT
+from castalia.inference.gguf_recurrent import recurrent_refusal
 from castalia.inference.implements import ATTENTION, SIZES, Values, patterned, unimplemented
 from castalia.models.config import TransformerConfig, require_transformer
 from castalia.models.model_config import ModelConfig
@@ -249,6 +251,8 @@ def architecture_of(config: TransformerConfig) -> Architecture:
 
 def refusal(config: ModelConfig) -> str | None:
     """Why no architecture computes the model, in one sentence; None if one does."""
+    if config.family in RECURRENT:
+        return recurrent_refusal(config)
     if config.family not in ATTENTION:
         return f"engine=llama.cpp does not implement family={config.family!r}"
     model = require_transformer(config, "llama.cpp")

@@ -14,6 +14,7 @@ from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.gguf_architectures import refusal
+from castalia.models.families import family_of
 from castalia.models.model_config import ModelConfig
 
 TOKENS_AT_ONCE = 512
@@ -55,6 +56,7 @@ class LlamaSlots(Slots):
     def __init__(self, engine: "LlamaCppEngine", count: int, length: int) -> None:
         super().__init__(count, length)
         self.engine = engine
+        self.rewinds = family_of(engine.config).can_rewind(engine.config)
         self.llama = llama()
         settings = self.llama.llama_context_default_params()
         # The pool of cells needs room for one batch beyond the sequences.
