@@ -48,6 +48,14 @@ BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
         [*LONG, "model.pos_emb=alibi"],
         [*LONG, "model.pos_emb=rpe", "precision=bf16"],
         [*LONG, "model.attention_config=[sparse_fixed]", BY_HEAD],
+        ["model.moe.experts=4", "model.moe.top_k=2", "model.moe.expert_size=64"],
+        [
+            "model.family=llama",
+            "model.moe.experts=8",
+            "model.moe.top_k=2",
+            "precision=bf16",
+            "model.moe.expert_size=64",
+        ],
     ],
 )
 def test_activations_are_near_what_autograd_saves(overrides):

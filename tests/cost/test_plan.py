@@ -113,6 +113,8 @@ def test_an_unknown_gpu_gets_the_menu():
         find_gpu("h300")
 
 
+EXPERTS = ("model.family=llama", "model.moe.experts=8", "model.moe.top_k=2")
+EXPERTS = (*EXPERTS, "model.moe.expert_size=384")
 MEASURE = """
 import json, sys
 from torch.profiler import ProfilerActivity, profile
@@ -179,6 +181,10 @@ def tokens(tmp_path_factory):
         (2, ("parallel.tp=2",)),
         (2, ("parallel.tp=2", "precision=bf16")),
         (2, ("parallel.reshard_after_forward=false",)),
+        (1, EXPERTS),
+        (2, (*EXPERTS, "parallel.ep=2")),
+        (2, (*EXPERTS, "parallel.ep=2", "precision=bf16")),
+        (2, (*EXPERTS, "parallel.tp=2", "model.moe.split_over_tp=true")),
     ],
 )
 def test_peak_memory_of_a_process_is_within_a_tenth(tokens, tmp_path, processes, overrides):

@@ -21,8 +21,9 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight, or 2 where
                  that is in bf16; all layers without resharding
 
-tp divides P but for norms and positions, V and the activations; cp the activations and, with
-dp_shard, P; pp the layers. Keys and values are kept of whole rows under cp, and by as many ranks of
+tp divides P but for norms, positions and whole experts, V and the activations; cp the activations
+and, with dp_shard, P; pp the layers; ep the experts that are gathered, and with the ranks that hold
+the same ones the experts in P. Keys and values are kept of whole rows under cp, and by as many ranks of
 tp as have heads of them. The sum is within 10% of the bytes that torch allocates on a CPU, with one
 and two gloo ranks, in fp32 and bf16; with biases that train within 20%.
 The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
@@ -141,16 +142,18 @@ class StageWeights(NamedTuple):
     """Bytes of fp32 weights of one pipeline stage, after the cut by tp and before FSDP's."""
 
     blocks: int
-    """All blocks of the stage."""
+    """All blocks of the stage, without experts."""
+    experts: int
+    """The experts of all blocks, before the cut by ep."""
     largest: int
-    """The largest block."""
+    """The largest block, with the experts of one rank of ep."""
     root: int
     """All that is outside the blocks."""
 
     @property
     def all(self) -> int:
         """The whole stage."""
-        return self.blocks + self.root
+        return self.blocks + self.experts + self.root
 
 
 def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
@@ -161,22 +164,32 @@ def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
 
 def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
     """The stage with most: under pp one that holds the embedding or the head, not both."""
-    blocks = [4 * split_parameters(costs, degrees.tp) for costs in stage_costs(model, degrees)]
+    stage = stage_costs(model, degrees)
+    blocks = [4 * split_parameters(costs, degrees.tp) for costs in stage]
+    experts = [4 * expert_parameters(costs, degrees.tp) for costs in stage]
+    largest = max(block + own // degrees.ep for block, own in zip(blocks, experts, strict=True))
     family = family_of(model)
     whole = family.norm_parameters(model) + family.position_parameters(model)
     root = embedding_parameters(model) - family.position_parameters(model)
     if degrees.pp > 1 and not model.tied_head:
         root -= head_outputs(model) * model.hidden_size
-    return StageWeights(sum(blocks), max(blocks), 4 * (root // degrees.tp + whole))
+    root = 4 * (root // degrees.tp + whole)
+    return StageWeights(sum(blocks), sum(experts), largest, root)
 
 
 def split_parameters(costs: Costs, tp: int) -> int:
-    """Weights of a layer on one of `tp` ranks."""
+    """Weights of a layer on one of `tp` ranks, without experts."""
     keys = costs.key_parameters
     # Where ranks outnumber the key heads, each has the weights of all of these.
     parts = tp if costs.key_parts(tp) == tp else 1
     whole = costs.whole_parameters
-    return (costs.parameters - keys - whole) // tp + keys // parts + whole
+    split = costs.parameters - costs.experts - keys - whole
+    return split // tp + keys // parts + whole
+
+
+def expert_parameters(costs: Costs, tp: int) -> int:
+    """Weights of a layer's experts on one of `tp` ranks."""
+    return costs.experts // tp if costs.experts_split else costs.experts
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:
@@ -185,7 +198,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     size = work.itemsize
     weights = weights_of(model, degrees)
     alone = degrees.size == 1
-    shards = degrees.dp_shard * degrees.cp
+    shards = degrees.shards
     whole = weights.all // shards
     trained = int(work.trained * whole)
     own = stored_weights(work, weights, alone) // shards
@@ -199,7 +212,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     reads_narrow = work.parameters != "fp32" or (work.gathers_narrow and not alone)
     if size != 4 and not reads_narrow:
         # Autocast keeps one low-precision copy of every weight that multiplies until the backward.
-        copies = size * matmul_parameters(model) // (degrees.tp * degrees.pp)
+        copies = copied_weights(model, degrees) * size
     # A score is made by every rank of tp.
     vocabulary = max(1, head_outputs(model) // degrees.tp)
     steps = -(-work.batch_size // (rows * degrees.dp))
@@ -207,7 +220,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         kept_bytes(costs, work, tokens, rows, device, degrees)
         for costs in stage_costs(model, degrees)
     ]
-    gathered = weights.blocks
+    gathered = weights.blocks + weights.experts // degrees.ep
     if work.parallel.reshard_after_forward:
         # FSDP2 prefetches: the block that computes and the next one are whole at the same time.
         gathered = 2 * weights.largest
@@ -239,12 +252,24 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
+def copied_weights(model: ModelConfig, degrees: Degrees) -> int:
+    """Weights in products on one rank, all experts included, of which autocast makes copies."""
+    chosen = matmul_parameters(model) // degrees.tp
+    others = sum(
+        expert_parameters(costs, degrees.tp) * (costs.parameters - costs.active) // costs.experts
+        for costs in layer_costs(model)
+        if costs.experts
+    )
+    return (chosen + others // degrees.ep) // degrees.pp
+
+
 def stored_weights(work: Workload, weights: StageWeights, alone: bool) -> int:
     """Bytes of the weights of a stage as they are kept, before FSDP's cut."""
     if work.base == "bf16":
         return weights.all // 2
     if work.base in QUANTIZED:
-        return int(weights.blocks / 4 * QUANTIZED[work.base]) + weights.root
+        blocks = int(weights.blocks / 4 * QUANTIZED[work.base])
+        return blocks + weights.experts + weights.root
     # On several ranks bf16 weights with masters are fp32 shards, gathered in bf16.
     if work.parameters == "bf16_stochastic" or (work.parameters == "bf16" and alone):
         return weights.all // 2

@@ -8,8 +8,10 @@ Bytes that one rank sends in a step of m micro-batches, when n ranks gather n - 
     reduce_scatter  FSDP2: each gradient once a micro-batch; tp and cp: as often as they gather
     all_reduce      dp_replicate: 2 times its part of the gradients
     p2p             pp: activations and their gradients at one stage boundary
+    all_to_all      ep: each token to its experts and back, forward and backward, and once more
+                    where experts are computed again
 
-A step takes    (compute + tp + cp + p2p) / (1 - bubble), and FSDP2's time beyond the compute that
+A step takes    (compute + tp + cp + ep + p2p) / (1 - bubble), and FSDP2's time beyond the compute that
                 hides it
 compute         model FLOPs / (peak x reach), a third more where layers are recomputed in full
 bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a rank
@@ -87,6 +89,7 @@ def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> LayoutCost
     inner = sent["tp"] / speed(degrees.tp, gpus_per_node, gpu) + sent["cp"] / speed(
         degrees.tp * degrees.cp, gpus_per_node, gpu
     )
+    inner += sent["ep"] / speed(degrees.tp * degrees.ep, gpus_per_node, gpu)
     inner += sent["p2p"] / speed(degrees.size, gpus_per_node, gpu)
     outer = sent["fsdp"] / speed(degrees.tp * degrees.cp * degrees.dp_shard, gpus_per_node, gpu)
     outer += sent["all_reduce"] / speed(degrees.size // degrees.pp, gpus_per_node, gpu)
@@ -123,14 +126,18 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     """Bytes that one rank sends in a step, by purpose; half of tp's and cp's are gathers."""
     weights = weights_of(work.model, degrees)
     costs = stage_costs(work.model, degrees)
-    shards = degrees.dp_shard * degrees.cp
-    share = (shards - 1) / shards
     # Resharded blocks are gathered again for the backward.
     passes = 2 if work.parallel.reshard_after_forward else 1
-    gathered = weights.root + passes * weights.blocks
+    share = 1 - 1 / degrees.shards
+    gathered = share * (weights.root + passes * weights.blocks)
+    reduced = share * (weights.root + weights.blocks)
+    # Only ranks that hold the same experts share their weights.
+    held = (1 - 1 / degrees.expert_shards) * weights.experts / degrees.ep
+    gathered += passes * held
+    reduced += held
     if work.gathers_narrow or work.parameters != "fp32":
-        gathered //= 2
-    reduced = weights.all / (2 if work.gradients == "bf16" else 1)
+        gathered /= 2
+    narrow = 2 if work.gradients == "bf16" else 1
     # Bytes of one number for each token of a micro-batch, and of its hidden states.
     number = rows * work.seq_length // degrees.cp * work.itemsize
     micro = number * work.model.hidden_size
@@ -140,13 +147,26 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     keys = sum(cost.cp_width / cost.key_parts(degrees.tp) for cost in costs)
     cp_bytes = 2 * keys * steps * number
     return {
-        "fsdp": share * steps * (gathered + reduced),
-        "fsdp_gather": share * steps * gathered,
-        "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * reduced / shards,
+        "fsdp": steps * (gathered + reduced / narrow),
+        "fsdp_gather": steps * gathered,
+        "all_reduce": 2 * (1 - 1 / degrees.dp_replicate) * weights.all / narrow / degrees.shards,
         "tp": tp_bytes * (degrees.tp - 1) / degrees.tp,
         "cp": cp_bytes * (degrees.cp - 1),
+        "ep": expert_numbers(work, degrees) * steps * number,
         "p2p": 2 * steps * micro / degrees.tp if degrees.pp > 1 else 0.0,
     }
+
+
+def expert_numbers(work: Workload, degrees: Degrees) -> float:
+    """Numbers that a rank sends to other ranks' experts in a step, for each of its tokens."""
+    total = 0.0
+    for layer, costs in enumerate(stage_costs(work.model, degrees)):
+        # There and back, forward and backward; no kind of recompute keeps what experts make.
+        trips = 6 if kind_of(work.recompute, layer) else 4
+        # Ranks of tp that split experts send the same tokens each, others a part of them.
+        parts = 1 if costs.experts_split else degrees.tp
+        total += trips * costs.ep_width / parts
+    return total * (1 - 1 / degrees.ep)
 
 
 def by_kind(sent: dict[str, float]) -> dict[str, int]:
@@ -157,6 +177,7 @@ def by_kind(sent: dict[str, float]) -> dict[str, int]:
         "reduce_scatter": int(sent["fsdp"] - sent["fsdp_gather"] + halves),
         "all_reduce": int(sent["all_reduce"]),
         "p2p": int(sent["p2p"]),
+        "all_to_all": int(sent["ep"]),
     }
 
 
@@ -192,17 +213,30 @@ def layouts(work: Workload, nodes: int, gpus_per_node: int) -> Iterator[Workload
             parallel = {"tp": tp, "dp_replicate": copies, "dp_shard": shards, "pp": 1, "cp": 1}
             if work.batch_size % (copies * shards):
                 continue
-            for rows in powers(work.batch_size // (copies * shards)):
-                for recompute, reshard in ((False, False), (False, True), (True, True)):
-                    layout = work._replace(
-                        micro_batch_size=rows,
-                        recompute=recompute,
-                        parallel=work.parallel.model_copy(
-                            update=parallel | {"reshard_after_forward": reshard}
-                        ),
-                    )
-                    if work.batch_size % (rows * copies * shards) == 0 and not problems(layout):
-                        yield layout
+            for ep in expert_degrees(work, shards):
+                yield from passes_of(work, parallel | {"ep": ep})
+
+
+def expert_degrees(work: Workload, shards: int) -> list[int]:
+    """Degrees of ep among `shards` ranks: powers of two, 1 alone without experts."""
+    experts = getattr(work.model, "moe", None)
+    return [1] if experts is None else [n for n in powers(shards) if shards % n == 0]
+
+
+def passes_of(work: Workload, parallel: dict[str, int]) -> Iterator[Workload]:
+    """The config on a layout in all ways to run its passes."""
+    ranks = parallel["dp_replicate"] * parallel["dp_shard"]
+    for rows in powers(work.batch_size // ranks):
+        for recompute, reshard in ((False, False), (False, True), (True, True)):
+            layout = work._replace(
+                micro_batch_size=rows,
+                recompute=recompute,
+                parallel=work.parallel.model_copy(
+                    update=parallel | {"reshard_after_forward": reshard}
+                ),
+            )
+            if work.batch_size % (rows * ranks) == 0 and not problems(layout):
+                yield layout
 
 
 def problems(work: Workload) -> list[str]:

@@ -59,6 +59,11 @@ class Costs(NamedTuple):
     """Weights that every rank of tp holds in full, such as norms."""
     experts: int = 0
     """The part of `parameters` that is in experts, of which ranks of parallel.ep hold some each."""
+    experts_split: bool = False
+    """Whether ranks of tp split each expert; otherwise each has whole ones, for its own tokens."""
+    ep_width: int = 0
+    """Numbers of each token that go to the ranks of its experts in one forward pass, and come
+    back."""
     window: int | None = None
     """Most tokens that a token sees; None means its whole row."""
 

@@ -155,11 +155,13 @@ class Transformer(Family):
             active=own + mlp.active,
             products=products,
             experts=mlp.experts,
+            experts_split=mlp.split,
+            ep_width=mlp.chosen * d,
             # Scores and weighted sums: 2 multiply-adds a key and dimension, three times with the
             # backward.
             flops_per_key=12 * queries,
             kept=kept_numbers(config, layer),
-            tp_width=2 * d,
+            tp_width=(1 + mlp.gathers) * d,
             cp_width=2 * keys,
             key_heads=config.kv_heads,
             key_parameters=projections,
@@ -236,7 +238,13 @@ class MlpCosts(NamedTuple):
     products: int
     experts: int = 0
     whole: int = 0
-    """Weights that ranks of tp hold in full."""
+    """Weights that ranks of tp hold in full, beside those of experts."""
+    split: bool = False
+    """Whether ranks of tp split each expert."""
+    chosen: int = 0
+    """Experts of a token."""
+    gathers: int = 1
+    """How often ranks of tp gather their tokens: for one MLP, and for experts that they split."""
 
 
 def mlp_of(config: TransformerConfig) -> MlpCosts:
@@ -270,6 +278,9 @@ def experts_of(config: TransformerConfig) -> MlpCosts:
         products=router + beside + moe.top_k * weights,
         experts=moe.experts * each,
         whole=router + balance + moe.shared_gate * d + moe.residual * (2 * d + 2),
+        split=moe.split_over_tp,
+        chosen=moe.top_k,
+        gathers=moe.split_over_tp + (moe.shared_size > 0) + moe.residual,
     )
 
 
@@ -279,14 +290,13 @@ def products_and_biases(linears: Sequence[LinearPart]) -> int:
 
 
 def inner_numbers(config: TransformerConfig, layer: int) -> int:
-    """What the MLPs of a layer keep of each token between their matrices."""
+    """What the MLPs of a layer keep of each token between their matrices, and scores of experts."""
     # Of a gated one both inputs and both factors.
     copies = 4 if config.gated else 2
     moe = config.moe
     if moe is None or not config.has_experts(layer):
         return copies * config.ffn_size
-    # Of each expert also what it reads and what it gives, and the scores.
-    chosen = moe.top_k * (copies * config.expert_size + 2 * config.hidden_size)
+    chosen = moe.top_k * copies * config.expert_size
     return chosen + copies * (moe.shared_size + moe.residual * config.ffn_size) + 2 * moe.experts
 
 
@@ -294,6 +304,16 @@ def kind_at(config: TransformerConfig, name: str) -> str:
     """The kind of the layer that the parameter `name` lies in; attention for those of no layer."""
     module, _, rest = name.partition(".")
     return config.block_kind(int(rest.partition(".")[0])) if module == "layers" else ATTENTION
+
+
+def expert_rows(config: TransformerConfig, layer: int) -> tuple[int, int]:
+    """Numbers of each token that the experts of a layer read and give: those that ranks of tp
+    share, and those that each has of all tokens."""
+    moe = config.moe
+    if moe is None or not config.has_experts(layer):
+        return 0, 0
+    rows = 2 * moe.top_k * config.hidden_size
+    return (0, rows) if moe.split_over_tp else (rows, 0)
 
 
 def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
@@ -310,6 +330,8 @@ def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
         # Before the norm, and before its weight.
         split += 2 * (queries + keys)
     gathered = d if config.shared_norm else 2 * d
+    split_rows, gathered_rows = expert_rows(config, layer)
+    split += split_rows
     # The kernel that keeps probabilities has no place for biases and for masks of each head.
     biased = config.pos_emb in ("alibi", "rpe")
     by_head = (
@@ -323,10 +345,10 @@ def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
     return Stored(
         residual=d,
         split=split,
-        gathered=gathered,
+        gathered=gathered + gathered_rows,
         # Of experts nothing is kept.
-        again_split=inner if config.has_experts(layer) else inner // 2,
-        again_gathered=gathered,
+        again_split=inner + split_rows if config.has_experts(layer) else inner // 2,
+        again_gathered=gathered + gathered_rows,
         keys=2 * keys,
         unfused=0 if "layernorm" in config.norm else gathered,
         heads=0 if biased or by_head or plain else heads(config),

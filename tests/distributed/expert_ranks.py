@@ -1,0 +1,112 @@
+"""Four ranks that exchange tokens by hand-made counts, and reshard a checkpoint over ep 1, 2, 4, 1.
+
+    python -m tests.distributed.expert_ranks FOLDER
+
+Writes `exchange.json` and the checkpoints `ep-0` to `ep-3` into FOLDER.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tests.fixtures.forked_rank import join_ranks
+from torch import Tensor
+
+from castalia.checkpoint import Store, load_into
+from castalia.distributed import ParallelConfig, World, initialize, parallelize
+from castalia.distributed.expert_parallel import TokenExchange
+from castalia.distributed.layout import fill
+from castalia.models import Decoder
+from castalia.models.init import start_weights
+from castalia.optim import Rules
+from castalia.optim.config import member_config
+from castalia.optim.updater import Updater
+from castalia.recipes import load_config
+
+RANKS = 4
+COUNTS = [[3, 0, 1, 0], [0, 0, 0, 0], [0, 5, 0, 0], [2, 1, 1, 1]]
+"""Rows of each rank for each of four experts: one rank has none, one expert gets few, one many."""
+CHAIN = (1, 2, 4, 1)
+WORDS = ("debug-moe", "model.num_layers=2", "model.hidden_size=32", "model.moe.expert_size=24")
+
+
+def rows_of(rank: int) -> Tensor:
+    """The rows of a rank, (R, 3), that differ from all others."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(sum(COUNTS[rank]), 3, generator=generator)
+
+
+def exchanged(group: dist.ProcessGroup, dtype: torch.dtype) -> dict[str, list]:
+    """Outputs and gradients of an expert e that multiplies with e + 1, and what it was given."""
+    rank = group.rank()
+    rows = rows_of(rank).to(dtype).requires_grad_()
+    factor = torch.full((), rank + 1.0, dtype=dtype, requires_grad=True)
+    given = []
+
+    def compute(arrived: Tensor, counts: Tensor) -> Tensor:
+        given.extend(counts.tolist())
+        return arrived * factor
+
+    out = TokenExchange(group)(rows, torch.tensor(COUNTS[rank]), compute)
+    (out * out).sum().backward()
+    found = {"out": out, "gradient": rows.grad, "of the expert": factor.grad}
+    return {name: tensor.tolist() for name, tensor in found.items()} | {"given": given}
+
+
+def tensors_of(world: World) -> dict[str, Tensor]:
+    """Weights and moments of a small model, laid out over the ranks."""
+    config = load_config([*WORDS, f"parallel.ep={world.degrees.ep}"])
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    parallelize(model, world, config.parallel)
+    initialize(model, start_weights(config.model, 0))
+    updater = Updater(model, Rules(member_config("adamw", {}), ("*bias",)))
+    return {f"model.{name}": p for name, p in model.state_dict().items()} | updater.tensors()
+
+
+def reshard(folder: Path, everyone: World) -> None:
+    """A checkpoint of random numbers, loaded and saved again under each degree of CHAIN."""
+    for number, ep in enumerate(CHAIN):
+        degrees = ParallelConfig(ep=ep).degrees(RANKS)
+        world = World.arranged(everyone.rank, everyone.device, degrees, "cpu")
+        tensors = tensors_of(world)
+        generator = torch.Generator().manual_seed(1)
+        for tensor in tensors.values():
+            drawn = torch.randn(tensor.shape, generator=generator)
+            fill(tensor.detach(), drawn if number == 0 else torch.zeros_like(drawn))
+        if number:
+            load_into(Store(folder / f"ep-{number - 1}").folder_of(0), tensors)
+        store = Store(folder / f"ep-{number}", rank=world.rank, world=RANKS, agree=world.smallest)
+        store.save(0, tensors, {})
+        store.wait()
+
+
+def one_rank(rank: int, port: int, folder: Path) -> None:
+    """Everything, on one rank."""
+    join_ranks(rank, RANKS, port)
+    world = World.start(ParallelConfig(), "cpu")
+    group = dist.group.WORLD
+    assert group is not None
+    found = {str(dtype): exchanged(group, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    (folder / f"exchange-{rank}.json").write_text(json.dumps(found))
+    reshard(folder, world)
+    world.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        free_port = free.getsockname()[1]
+    children = []
+    for number in range(RANKS):
+        child = os.fork()
+        if not child:
+            one_rank(number, free_port, Path(sys.argv[1]))
+            os._exit(0)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
