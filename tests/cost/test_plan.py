@@ -14,7 +14,7 @@ from castalia.core.errors import ConfigError
 from castalia.cost.estimate import estimate
 from castalia.cost.plan import find_gpu, plan, propose
 from castalia.data import IndexedDatasetWriter
-from castalia.models.flops import parameter_counts
+from castalia.models.flops import layer_costs, parameter_counts
 from castalia.monitor.gpus import GPUS
 from castalia.recipes import load_config
 
@@ -58,6 +58,28 @@ def test_tensor_parallel_bytes_by_hand():
     assert found.memory.optimizer == pytest.approx(
         8 * parameter_counts(config.model).total / 8, rel=1e-3
     )
+
+
+def test_what_experts_send_by_hand():
+    words = ["debug-moe", "precision=bf16", "train.batch_size=8", "train.micro_batch_size=1"]
+    configs = [load_config([*words, f"parallel.ep={ep}"]) for ep in (1, 4)]
+    whole, split = (plan(config.workload, 1, 8, H100) for config in configs)
+    model = configs[0].model
+    assert whole.communication["all_to_all"] == 0
+    # Two experts of each token, there and back, forward and backward, in bf16.
+    numbers = 2 * model.hidden_size * model.num_layers * 64
+    assert split.communication["all_to_all"] == pytest.approx(3 / 4 * 4 * 2 * numbers)
+    experts = 4 * sum(costs.experts for costs in layer_costs(model))
+    # Eight ranks share all experts, or two each quarter.
+    less = whole.communication["reduce_scatter"] - split.communication["reduce_scatter"]
+    assert less == pytest.approx(7 / 8 * experts - 1 / 2 * experts / 4)
+    assert split.memory.gathered < whole.memory.gathered
+    assert split.memory.optimizer == whole.memory.optimizer
+    again = load_config([*words, "parallel.ep=4", "train.recompute=selective"])
+    sent = plan(again.workload, 1, 8, H100).communication["all_to_all"]
+    assert sent == pytest.approx(1.5 * split.communication["all_to_all"])
+    proposed = propose(configs[0].workload, 1, 8, H100)
+    assert proposed is not None and 8 % proposed.degrees.ep == 0
 
 
 def test_replicas_and_pipelines():

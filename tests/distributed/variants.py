@@ -108,7 +108,7 @@ PLAIN = {
 ACCUMULATED = ("train.micro_batch_size=3",)
 MICRO = ("train.micro_batch_size=2",)
 SERIAL = ("model.parallel_residual=false",)
-EXPERTS = ("model.moe.experts=4", "model.moe.top_k=2")
+EXPERTS = ("model.moe.experts=4", "model.moe.top_k=2", "model.moe.z_loss=0.01")
 MODELS = {
     "llama": (
         "model.family=llama",
@@ -173,6 +173,15 @@ MODELS = {
     "experts": EXPERTS,
     "split experts": (*EXPERTS, "model.moe.bias=true", "model.moe.split_over_tp=true"),
     "experts of odd number": ("model.moe.experts=3", "model.moe.expert_size=48"),
+    "experts with a bias": (*EXPERTS, "model.moe.bias_rate=0.01", "model.moe.scores=sigmoid"),
+    "experts with room": (*EXPERTS, "model.moe.capacity_factor=1", "model.moe.jitter=0.1"),
+    "split experts with room": (
+        *EXPERTS,
+        "model.moe.split_over_tp=true",
+        "model.moe.capacity_factor=1",
+        "model.moe.jitter=0.1",
+        "model.hidden_dropout=0.1",
+    ),
     "mamba": ("debug-mamba", "model.mamba.state_size=4", "data.document_mask=eod"),
     "mamba2": (
         "debug-mamba2",
@@ -186,6 +195,15 @@ MODELS = {
         "model.rwkv7.head_size=8",
         "data.document_mask=eod",
     ),
+    "experts by Sinkhorn": (*EXPERTS, "model.moe.router=sinkhorn", "model.moe.interval=2"),
+    "experts beside an MLP": (
+        *EXPERTS,
+        "model.moe.shared_size=16",
+        "model.moe.shared_gate=true",
+        "model.moe.residual=true",
+        "model.activation=swiglu",
+    ),
+    "uneven experts": (*EXPERTS, "train.batch_size=11", "parallel.uneven=true"),
     "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
 }
 """Families and options whose parameters or statistics are laid out in their own way."""
@@ -200,6 +218,12 @@ RUNS = {
     "selective": ("train.recompute=selective",),
     "compiled": ("train.compile=true",),
     "compiled, selective": ("train.compile=true", "train.recompute=selective"),
+    "zero bubble, recompute": (
+        *MICRO,
+        "parallel.schedule=zero_bubble",
+        "train.recompute=true",
+    ),
+    "zero bubble in a V": (*MICRO, "model.num_layers=4", "parallel.schedule=zero_bubble_v"),
 }
 """How a model of `MODELS` is run."""
 VARIANTS = PLAIN | {

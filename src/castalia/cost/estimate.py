@@ -23,9 +23,10 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
 
 tp divides P but for norms, positions and whole experts, V and the activations; cp the activations
 and, with dp_shard, P; pp the layers; ep the experts that are gathered, and with the ranks that hold
-the same ones the experts in P. Keys and values are kept of whole rows under cp, and by as many ranks of
-tp as have heads of them. The sum is within 10% of the bytes that torch allocates on a CPU, with one
-and two gloo ranks, in fp32 and bf16; with biases that train within 20%.
+the same ones the experts in P. Keys and values are kept of whole rows under cp, and by as many
+ranks of tp as have heads of them. Experts count as if each got an equal share of the tokens. The
+sum is within 10% of the bytes that torch allocates on a CPU, with one and two gloo ranks, in fp32
+and bf16; with biases that train within 20%.
 The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
 """
 

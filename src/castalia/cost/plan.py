@@ -11,8 +11,8 @@ Bytes that one rank sends in a step of m micro-batches, when n ranks gather n - 
     all_to_all      ep: each token to its experts and back, forward and backward, and once more
                     where experts are computed again
 
-A step takes    (compute + tp + cp + ep + p2p) / (1 - bubble), and FSDP2's time beyond the compute that
-                hides it
+A step takes    (compute + tp + cp + ep + p2p) / (1 - bubble), and FSDP2's time beyond the compute
+                that hides it
 compute         model FLOPs / (peak x reach), a third more where layers are recomputed in full
 bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a rank
                 Source  Narayanan et al. 2021, arXiv:2104.04473, section 2.2.

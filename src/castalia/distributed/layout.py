@@ -13,6 +13,11 @@ import torch._functorch.config as functorch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from castalia.distributed.boxes import local_boxes
@@ -81,17 +86,7 @@ def shard(
     # the first half only, so they must stay gathered between the two.
     reshard = config.reshard_after_forward and not config.splits_backward
     mesh = data_mesh(world.mesh, config, "dp_shard")
-    stacks = [module for module in model.modules() if isinstance(module, Experts)]
-    placement = expert_placement(stacks, world.degrees.expert_shards)
-    if world.experts is not None:
-        for stack in stacks:
-            fully_shard(
-                stack,
-                mesh=data_mesh(world.experts, config, "expert_shard"),
-                reshard_after_forward=reshard,
-                shard_placement_fn=placement,
-                mp_policy=policy,
-            )
+    placement = expert_placement(model, world, config)
     for layer in layers:
         fully_shard(
             layer,
@@ -112,12 +107,26 @@ def data_mesh(mesh: DeviceMesh, config: ParallelConfig, axis: str) -> DeviceMesh
     return mesh["dp_replicate", axis] if config.dp_replicate > 1 else mesh[axis]
 
 
-def expert_placement(stacks: list[Experts], shards: int) -> Callable[[nn.Parameter], Shard] | None:
-    """Which dim of the experts' parameters FSDP2 shards; None for a model without experts."""
-    dims = {p: shard_dim(shards, p) for stack in stacks for p in stack.parameters()}
+def expert_placement(
+    model: nn.Module, world: World, config: ParallelConfig
+) -> Callable[[nn.Parameter], Shard | ShardPlacementResult | None] | None:
+    """How FSDP2 shards experts, which need another dim than dim 0 or other ranks than the rest of
+    their layer; None for a model without experts."""
+    stacks = [module for module in model.modules() if isinstance(module, Experts)]
+    shards = world.degrees.expert_shards
+    dims = {p: Shard(shard_dim(shards, p)) for stack in stacks for p in stack.parameters()}
     if not dims:
         return None
-    return lambda parameter: Shard(dims.get(parameter, 0))
+    if world.experts is None:
+        return dims.get
+    # A mesh by parameter and not FSDP2 on the experts' own module: its hooks would run inside of
+    # the block, where recompute counts the operators of both forward passes and finds others.
+    mesh = data_mesh(world.experts, config, "expert_shard")
+    ranks = FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    if mesh.ndim == 2:
+        ranks = HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    placements = {p: ShardPlacementResult(dim, ranks) for p, dim in dims.items()}
+    return placements.get
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -91,6 +91,8 @@ def with_losses(
     book: Book,
 ) -> Tensor:
     """The layer's output with the gradients of its losses, which are counted in the ledger."""
+    if book.ledger.padding:
+        return out_BTC
     with torch.autocast(out_BTC.device.type, enabled=False):
         shares_BTE = shares_of(config, routing.scores)
         balance = balance_loss(shares_BTE, load_GE, groups.tokens)

@@ -17,7 +17,8 @@ class Ledger:
 
     Layers that are not on this rank's stage stay zeros, so that the vectors of all ranks add up.
     `scale` is what a layer multiplies the auxiliary losses of a row with: the loss scale over the
-    rows of the step. The trainer sets it before the passes.
+    rows of the step. The trainer sets it before the passes, and `padding` where a rank without a
+    row runs one that is neither counted nor balanced.
     """
 
     def __init__(self, layers: Sequence[int], config: MoeConfig) -> None:
@@ -25,6 +26,7 @@ class Ledger:
         self.places = {layer: place for place, layer in enumerate(layers)}
         self.experts = config.experts
         self.scale = 0.0
+        self.padding = False
         self.sums: Tensor | None = None
 
     @property
@@ -37,7 +39,7 @@ class Ledger:
         """Whether tokens that pass now are counted: once, in the forward pass of training."""
         # Inside of a backward pass a layer is only computed again.
         recomputes = torch._C._current_graph_task_id() != -1
-        return torch.is_grad_enabled() and not recomputes
+        return torch.is_grad_enabled() and not recomputes and not self.padding
 
     def record(self, layer: int, counts_E: Tensor, sums: Tensor) -> None:
         """Add what a pass did in a layer: assignments of each expert, and SUMS, float64 (6,)."""

@@ -113,10 +113,6 @@ def expert_problems(config: "RunConfig") -> list[str]:
             f"model.moe.bias_rate {moe.bias_rate} moves biases by small steps, which"
             f" train.parameters={parameters} rounds away; set train.parameters=fp32"
         )
-    if moe and config.parallel.uneven:
-        problems.append(
-            "parallel.uneven=true adds rows of padding that experts would balance; set it to false"
-        )
     return problems
 
 

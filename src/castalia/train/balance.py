@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from castalia.data import Batch
+from castalia.data.step_reader import PADDING_ROW
 from castalia.distributed import World
 from castalia.distributed.boxes import local_boxes
 from castalia.experts.ledger import LayerLoad, Ledger, read_loads
@@ -38,6 +40,14 @@ class Balance:
         """What the auxiliary losses of a row are multiplied with."""
         for ledger in self.ledgers:
             ledger.scale = scale
+
+    def set_padding(self, batch: Batch) -> None:
+        """Tell experts whether the micro-batch is what a rank without a row runs."""
+        if self.ledgers:
+            # Such a micro-batch has no other row.
+            padding = bool((batch.index == PADDING_ROW).all())
+            for ledger in self.ledgers:
+                ledger.padding = padding
 
     def take(self) -> Tensor:
         """The sums of this rank since the last call, float64 (size,); of all ranks of tp that share

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from castalia.adapters import adapter_of
 from castalia.data import Batch
+from castalia.data.step_reader import PADDING_ROW
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages
@@ -97,7 +98,9 @@ class Passes:
     ) -> float:
         """The weight of all ranks' micro-batches together; also tells experts how many rows share
         their losses."""
-        rows = sum(len(batch.tokens) for batch in micro_batches) if self.counts else 0
+        rows = 0
+        if self.counts:
+            rows = sum(int((batch.index != PADDING_ROW).sum()) for batch in micro_batches)
         numbers = torch.tensor([sum(weights), rows], dtype=torch.float64, device=self.world.device)
         weight, rows = self.world.sum(numbers).tolist()
         self.balance.set_scale(loss_scale / max(1.0, rows))
@@ -136,6 +139,7 @@ class Passes:
         for place, batch in enumerate(micro_batches):
             # Until the last one, gradients only add up locally.
             self.reduce_gradients_if(place == len(micro_batches) - 1)
+            self.balance.set_padding(batch)
             out = self.run_loss(self.on_device(batch), step)
             # Scaling the total here gives every gradient its final size: no second pass over them.
             (out.total * factor).backward()
