@@ -108,12 +108,83 @@ class TorchSlots(Slots):
         self.rewind()
 
 
-class SeparateSlots(Slots):
-    """One state for each slot, for models with a state that cannot be rewound.
+class UnpaddedSlots(Slots):
+    """Slots that are the rows of one state which cannot be rewound.
 
-    Such a state can neither forget padding nor the zero of an idle row, so every slot is fed alone
-    and unpadded.
+    Such a state can neither forget padding nor the zero of an idle row: a pass has as many tokens
+    of each of its rows, and rows that have none left are not in it.
     """
+
+    rewinds = False
+
+    def __init__(self, model: Decoder, count: int, length: int, dtype: torch.dtype) -> None:
+        super().__init__(count, length)
+        self.model = model
+        self.device = device_of(model)
+        self.state = model.new_state(count, length, dtype, self.device)
+        self.empty = model.new_state(1, 1, dtype, self.device)
+
+    @torch.inference_mode()
+    def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Slots`."""
+        ends: dict[int, Tensor] = {}
+        start = 0
+        # What all rows have is read together, then what all but the shortest have, and so on.
+        for end in sorted({len(ids) for ids in tokens}):
+            places = [i for i, ids in enumerate(tokens) if len(ids) > start]
+            parts = [tokens[i][start:end] for i in places]
+            hidden = self.read([slots[i] for i in places], parts)[:, -1]
+            ends |= {i: hidden[row] for row, i in enumerate(places) if len(tokens[i]) == end}
+            start = end
+        return self.model.head(torch.stack([ends[i] for i in range(len(tokens))])).float()
+
+    @torch.inference_mode()
+    def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """See `Slots`; one pass."""
+        return self.model.head(self.read([slot], [tokens])[0]).float()
+
+    def read(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states (B, T, C) of T more tokens of each of some slots, in one pass."""
+        batch = torch.tensor([list(ids) for ids in tokens], device=self.device)
+        T = batch.shape[1]
+        hidden: Tensor
+        if list(slots) == list(range(self.count)):
+            hidden = self.model(batch, state=self.state)
+        else:
+            rows = self.state.take_rows(slots, [self.lengths[slot] for slot in slots])
+            hidden = self.model(batch, state=rows)
+            self.state.write_rows(slots, rows)
+        for slot in slots:
+            self.lengths[slot] += T
+        if len(slots) < self.count:
+            self.state.count(self.lengths)
+        return hidden
+
+    @torch.inference_mode()
+    def copy(self, origin: int, target: int, tokens: int) -> None:
+        """See `Slots`.
+
+        Raises  ValueError for a part of a sequence.
+        """
+        if tokens == 0:
+            self.state.write_rows([target], self.empty)
+        else:
+            require_whole(tokens, self.lengths[origin])
+            self.state.copy_row(origin, target, tokens)
+        self.lengths[target] = tokens
+        self.state.count(self.lengths)
+
+
+def require_whole(tokens: int, length: int) -> None:
+    """Raises  ValueError for a part of a sequence, whose state does not exist."""
+    if tokens != length:
+        raise ValueError(
+            f"cannot cut {length} tokens to {tokens}: the state of the model cannot be rewound"
+        )
+
+
+class SeparateSlots(Slots):
+    """One state for each slot, for models whose state can neither be rewound nor has rows."""
 
     rewinds = False
 
@@ -158,14 +229,11 @@ class SeparateSlots(Slots):
         """
         if tokens == 0:
             self.states[target] = self.new_state()
-        elif tokens != self.lengths[origin]:
-            raise ValueError(
-                f"cannot cut {self.lengths[origin]} tokens to {tokens}: the state of the model"
-                " cannot be rewound"
-            )
-        elif origin != target:
-            # A state of any family: only its own copy is sure to hold all of it.
-            self.states[target] = deepcopy(self.states[origin])
+        else:
+            require_whole(tokens, self.lengths[origin])
+            if origin != target:
+                # A state of any family: only its own copy is sure to hold all of it.
+                self.states[target] = deepcopy(self.states[origin])
         self.lengths[target] = tokens
 
 
@@ -180,7 +248,10 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 def model_slots(model: Decoder, count: int, length: int, dtype: torch.dtype) -> Slots:
     """Slots for a model whose activations have `dtype`, of the kind that its state allows."""
     # Asked of a state, not of the family: one layer of another kind decides for the whole model.
-    kind = TorchSlots if model.family.can_rewind(model.config) else SeparateSlots
+    state = model.new_state(1, 1, dtype, device_of(model))
+    if state.rewinds:
+        return TorchSlots(model, count, length, dtype)
+    kind = UnpaddedSlots if state.has_rows else SeparateSlots
     return kind(model, count, length, dtype)
 
 

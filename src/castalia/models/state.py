@@ -25,20 +25,30 @@ class LayerState:
     owner: "ModelState"
     """The state of all layers, which knows how many tokens each row has; set by `ModelState`."""
 
+    has_rows = False
+    """Whether rows can be copied, taken out and put back; a layer of another package may not."""
+
     def first_rows(self, count: int) -> "LayerState":
         """The first `count` rows, in the same memory; only where `rewinds`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
-        """Give row `target` the first `tokens` tokens of row `origin`; only where `rewinds`."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
+        """Give row `target` the first `tokens` tokens of row `origin`; only where `has_rows`.
+
+        Where not `rewinds`, these are all tokens of the row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rows to copy")
 
     def write_rows(self, rows: Sequence[int], other: "LayerState", tokens: int) -> None:
         """Replace `rows` by all rows of `other`, which has at most `tokens` tokens in each.
 
-        Only where `rewinds`.
+        Only where `has_rows`.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
+        raise NotImplementedError(f"{type(self).__name__} has no rows to write")
+
+    def take_rows(self, rows: Sequence[int]) -> "LayerState":
+        """Copies of `rows`, with the same room for more tokens; only where `has_rows`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows to take")
 
 
 class KVCache(LayerState):
@@ -54,6 +64,7 @@ class KVCache(LayerState):
     """
 
     rewinds = True
+    has_rows = True
 
     def __init__(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str
@@ -96,6 +107,13 @@ class KVCache(LayerState):
         self.k[list(rows), :, :tokens] = other.k[:, :, :tokens]
         self.v[list(rows), :, :tokens] = other.v[:, :, :tokens]
 
+    def take_rows(self, rows: Sequence[int]) -> "KVCache":
+        """See `LayerState`."""
+        taken = copy(self)
+        taken.k = self.k[list(rows)]
+        taken.v = self.v[list(rows)]
+        return taken
+
 
 class PositionCache(LayerState):
     """One vector of each token, by position, in the manner of `KVCache`.
@@ -104,6 +122,7 @@ class PositionCache(LayerState):
     """
 
     rewinds = True
+    has_rows = True
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
@@ -137,12 +156,38 @@ class PositionCache(LayerState):
         assert isinstance(other, PositionCache)
         self.kept[list(rows), :tokens] = other.kept[:, :tokens]
 
+    def take_rows(self, rows: Sequence[int]) -> "PositionCache":
+        """See `LayerState`."""
+        taken = copy(self)
+        taken.kept = self.kept[list(rows)]
+        return taken
+
 
 class RecurrentState(LayerState):
-    """What a recurrence remembers: tensors (B, ...) of a size that no token changes, by name."""
+    """What a recurrence remembers: tensors (B, ...) of a size that no token changes, by name.
+
+    A row is copied and written whole: no part of it belongs to some of its tokens.
+    """
+
+    has_rows = True
 
     def __init__(self, **kept: Tensor) -> None:
         self.kept = kept
+
+    def copy_row(self, origin: int, target: int, tokens: int) -> None:
+        """See `LayerState`."""
+        for kept in self.kept.values():
+            kept[target] = kept[origin]
+
+    def write_rows(self, rows: Sequence[int], other: LayerState, tokens: int) -> None:
+        """See `LayerState`."""
+        assert isinstance(other, RecurrentState)
+        for name, kept in self.kept.items():
+            kept[list(rows)] = other.kept[name].to(kept.dtype)
+
+    def take_rows(self, rows: Sequence[int]) -> "RecurrentState":
+        """See `LayerState`."""
+        return RecurrentState(**{name: kept[list(rows)] for name, kept in self.kept.items()})
 
 
 class ModelState:
@@ -166,6 +211,7 @@ class ModelState:
             layer.owner = self
         self.max_length = max_length
         self.rewinds = all(layer.rewinds for layer in self.layers)
+        self.has_rows = all(layer.has_rows for layer in self.layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         # Plain numbers beside `lengths`: reading the tensor would wait for the GPU at every token.
         self.longest = 0
@@ -223,9 +269,20 @@ class ModelState:
             raise ValueError(
                 f"cannot rewind rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
             )
-        self.lengths = lengths.to(self.lengths)
-        self.longest = int(lengths.max())
-        self.ragged = bool((lengths != lengths[0]).any())
+        self.count(lengths.tolist())
+
+    def count(self, lengths: Sequence[int]) -> None:
+        """Set how many tokens each row has: what the layers hold has been changed to so many."""
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+        self.longest = max(lengths)
+        self.ragged = min(lengths) < self.longest
+
+    def take_rows(self, rows: Sequence[int], lengths: Sequence[int]) -> "ModelState":
+        """Copies of `rows`, which have `lengths` tokens; only where `has_rows`."""
+        layers = [layer.take_rows(rows) for layer in self.layers]
+        taken = ModelState(layers, len(rows), self.max_length, self.lengths.device)
+        taken.count(lengths)
+        return taken
 
     def first_rows(self, count: int) -> "ModelState":
         """A state of the first `count` rows, which shares their memory and counts its own lengths.
@@ -240,14 +297,17 @@ class ModelState:
         return first
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` tokens of row `origin` to row `target`.
+        """Copy the first `tokens` tokens of row `origin` to row `target`; only where `has_rows`.
 
-        The caller sets the length of `target` with `rewind` afterwards.
+        The caller sets the length of `target` with `rewind` or `count` afterwards.
         """
         for layer in self.layers:
             layer.copy_row(origin, target, tokens)
 
     def write_rows(self, rows: Sequence[int], other: "ModelState") -> None:
-        """Replace `rows` by the rows of `other`; the caller sets their lengths with `rewind`."""
+        """Replace `rows` by the rows of `other`; only where `has_rows`.
+
+        The caller sets their lengths with `rewind` or `count`.
+        """
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.write_rows(rows, theirs, other.longest)

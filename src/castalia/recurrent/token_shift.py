@@ -34,7 +34,8 @@ def token_before(
     else:
         first_BC = kept[name].to(x_BTC.dtype)
         before_BTC = torch.cat([first_BC[:, None], x_BTC[:, :-1]], 1)
-        kept[name] = x_BTC[:, -1].to(kept[name].dtype)
+        # A copy: a view would keep all tokens of a prompt.
+        kept[name] = x_BTC[:, -1].to(kept[name].dtype, copy=True)
     if runs_BT is None:
         return before_BTC
     begins_BT = F.pad(runs_BT[:, 1:] != runs_BT[:, :-1], (1, 0))
