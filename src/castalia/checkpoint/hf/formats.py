@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from castalia.checkpoint.hf.falcon import FalconFormat
-from castalia.checkpoint.hf.format import HfFormat
+from castalia.checkpoint.hf.format import HfFormat, TransformerFormat
 from castalia.checkpoint.hf.gpt2 import Gpt2Format
 from castalia.checkpoint.hf.granite import GraniteFormat
 from castalia.checkpoint.hf.llama import LlamaFormat
@@ -65,9 +65,12 @@ def best_format(config: ModelConfig) -> Choice:
     """
     formats = [HF[name] for name in HF]
     own = [form for form in formats if config.family in form.families]
-    others = [form for form in formats if form not in own]
-    if not isinstance(config, TransformerConfig):
-        others = []
+    others: list[HfFormat] = []
+    if isinstance(config, TransformerConfig):
+        # Other formats read the options of their own families alone.
+        others = [
+            form for form in formats if form not in own and isinstance(form, TransformerFormat)
+        ]
     choices = [Choice(form, form.lacks(config)) for form in (*own, *others)]
     if not choices:
         known = sorted({family for form in formats for family in form.families})
