@@ -13,8 +13,9 @@ from castalia.recipes import load_config
 
 
 def small(*overrides):
-    """A small config with overrides."""
-    return load_config(["debug", *overrides])
+    """A small config with overrides; one without a value is a preset in place of `debug`."""
+    presets = [word for word in overrides if "=" not in word] or ["debug"]
+    return load_config([*presets, *(word for word in overrides if "=" in word)])
 
 
 def test_weights_and_optimizer_are_those_of_the_real_model():
@@ -45,6 +46,10 @@ BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
         ["model.family=gpt2"],
         ["model.pos_emb=alibi"],
         ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
+        ["debug-rwkv"],
+        ["debug-rwkv", "precision=bf16"],
+        ["debug-rwkv6", "model.rwkv6.attention_size=64"],
+        ["debug-rwkv6", "precision=bf16"],
         [*LONG, "model.pos_emb=alibi"],
         [*LONG, "model.pos_emb=rpe", "precision=bf16"],
         [*LONG, "model.attention_config=[sparse_fixed]", BY_HEAD],

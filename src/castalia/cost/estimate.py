@@ -318,7 +318,7 @@ def block_bytes(costs: Costs, seq_length: int, size: int, device: str, degrees: 
     """
     kept = costs.kept
     tp = degrees.tp
-    out = 4 * kept.residual + size * (kept.split + tp * kept.gathered)
+    out = 4 * (kept.residual + kept.exact) + size * (kept.split + tp * kept.gathered)
     # Keys and values of whole rows, and copies where ranks outnumber their heads.
     out += size * kept.keys * (degrees.cp * tp // costs.key_parts(tp) - 1)
     if device == "cpu":
@@ -344,6 +344,7 @@ def kept_bytes(
         square += 4 * kept.masked_heads * tokens
     square *= work.seq_length
     cheap = size * tokens * (degrees.tp * kept.again_gathered + kept.again_split)
+    cheap += 4 * tokens * kept.exact
     return KeptBytes(linear + square, square + cheap)
 
 

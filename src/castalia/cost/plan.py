@@ -34,6 +34,7 @@ from castalia.cost.estimate import (
 )
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
+from castalia.models.families import family_of
 from castalia.models.flops import flops_per_token
 from castalia.models.tiles import kind_of
 from castalia.monitor.gpus import GPUS, Gpu
@@ -140,7 +141,8 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     narrow = 2 if work.gradients == "bf16" else 1
     # Bytes of one number for each token of a micro-batch, and of its hidden states.
     number = rows * work.seq_length // degrees.cp * work.itemsize
-    micro = number * work.model.hidden_size
+    carried = family_of(work.model).carries(work.model)
+    micro = number * (work.model.hidden_size + carried)
     # tp gathers and reduces each width, forward and backward: 4 times. cp gathers keys and values
     # in the forward and reduces their gradients in the backward: 2 times.
     tp_bytes = 4 * sum(cost.tp_width for cost in costs) * steps * number

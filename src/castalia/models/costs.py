@@ -21,6 +21,8 @@ class Stored(NamedTuple):
     whole rows under cp, a rank keeps more than its share."""
     unfused: int = 0
     """Numbers in fp32, split, that norms keep on a CPU, where torch has no kernel for them."""
+    exact: int = 0
+    """Numbers of a recurrence, split, always fp32; selective recompute makes them again."""
     heads: int = 0
     """Query heads whose attention probabilities the CPU kernel keeps for short rows."""
     plain_heads: int = 0

@@ -124,6 +124,10 @@ class Rwkv6Options(Config):
         return self.norm_epsilon or 64e-5
 
 
+CHUNK = 32
+"""Tokens of a chunk of RWKV's recurrences; a matter of speed alone."""
+MIXES = 5
+"""Inputs of RWKV 6 with a mix of their own: of decay, key, value, receptance and gate."""
 WIDE = 4096
 """Width from which the published models of RWKV 6 have ranks of twice the size."""
 

@@ -4,12 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.recurrent.options import Rwkv6Options
+from castalia.recurrent.options import MIXES, Rwkv6Options
 from castalia.recurrent.token_shift import Kept, in_fp32, token_before, wide
 from castalia.recurrent.wkv6 import wkv6, wkv6_by_token
-
-MIXES = 5
-"""Inputs with a mix of their own: of decay, key, value, receptance and gate, in this order."""
 
 
 class TimeMix6(nn.Module):

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
+from castalia.recurrent.options import CHUNK
 from castalia.recurrent.token_shift import ChunkRuns, into_chunks, out_of_chunks
-
-CHUNK = 32
-"""Tokens of a chunk; a matter of speed alone."""
 
 
 def wkv6_by_token(

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
+from castalia.recurrent.options import CHUNK
 from castalia.recurrent.token_shift import ChunkRuns, into_chunks, out_of_chunks
 
-CHUNK = 32
-"""Tokens of a chunk; a matter of speed alone."""
 LARGEST = 64
 """Factors of a longer chunk reach exp(0.61 * 128 / 2) = 8e16 and cost digits of fp32."""
 

@@ -15,13 +15,16 @@ from castalia.models.kinds.rwkv import (
     share,
     tp_problems,
 )
-from castalia.models.starts import ONES, Start, Uniform
-from castalia.recurrent.options import Rwkv6Options
+from castalia.models.starts import Start, Uniform
+from castalia.recurrent.options import CHUNK, MIXES, Rwkv6Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from castalia.models.block import Block
+
+
+LOW_RANK = ("mix_in", "mix_out", "decay_in", "decay_out")
 
 
 class Rwkv6Kind(BlockKind):
@@ -45,19 +48,21 @@ class Rwkv6Kind(BlockKind):
         inner = options.inner(d)
         width = Uniform(d**-0.5)
 
-        def of_layer(depth: Depth) -> Iterator[tuple[str, Start]]:
-            yield from mixes(depth)
-            for name in ("mix_in", "mix_out", "decay_in", "decay_out"):
-                yield f"att.{name}", Uniform(1e-4)
-            yield "att.output.weight", Uniform(inner**-0.5)
-            yield "ffn.value.weight", Uniform(options.ffn(d) ** -0.5)
-            yield "att.norm.weight", ONES
-            for name in ("att.receptance", "att.key", "att.value", "att.gate"):
-                yield f"{name}.weight", width
-            for name in ("ffn.receptance", "ffn.key"):
-                yield f"{name}.weight", width
-
-        return list(by_layer(config, self.name, of_layer))
+        matrices = (
+            "att.receptance",
+            "att.key",
+            "att.value",
+            "att.gate",
+            "ffn.receptance",
+            "ffn.key",
+        )
+        return [
+            *by_layer(config, self.name, mixes),
+            *((f"*.att.{name}", Uniform(1e-4)) for name in LOW_RANK),
+            ("*.att.output.weight", Uniform(inner**-0.5)),
+            ("*.ffn.value.weight", Uniform(options.ffn(d) ** -0.5)),
+            *((f"*.{name}.weight", width) for name in matrices),
+        ]
 
     def costs(self, config: Any, layer: int) -> Costs:
         """See `BlockKind`."""
@@ -66,7 +71,7 @@ class Rwkv6Kind(BlockKind):
         inner = options.inner(d)
         f = options.ffn(d)
         ranks = options.ranks(d)
-        low = 10 * ranks.mix * d + ranks.decay * (d + inner)
+        low = 2 * MIXES * ranks.mix * d + ranks.decay * (d + inner)
         products = low + 5 * d * inner + 2 * d * f + d * d
         # Six mixes of time and two of channels; decay, bonus and the norm of the heads; two norms.
         vectors = 8 * d + 4 * inner + 4 * d
@@ -80,9 +85,14 @@ class Rwkv6Kind(BlockKind):
             # numbers, three times with the backward. Source  GPT-NeoX, megatron/logging.py.
             flops_per_key=18 * inner * options.head_size,
             window=1,
-            kept=Stored(residual=d, split=kept_numbers(d, inner, f), gathered=2 * d),
+            kept=kept_numbers(options, d),
             whole_parameters=parameters,
         )
+
+    def filled(self, config: Any) -> dict[str, Any]:
+        """See `BlockKind`."""
+        section = sizes(config).complete(config.hidden_size)
+        return {self.name: section.model_dump(mode="json")}
 
     def divides(self, config: Any, degrees: Axes) -> list[str]:
         """See `BlockKind`."""
@@ -116,7 +126,21 @@ def mixes(depth: Depth) -> Iterator[tuple[str, Start]]:
     yield "att.bonus", ByChannel(bonus)
 
 
-def kept_numbers(d: int, inner: int, f: int) -> int:
-    """What a block keeps of each token for the backward pass, beside the outputs of its norms."""
-    # Eight inputs of matrices, what these make, factors of the chunks, and both halves of the MLP.
-    return 20 * d + 20 * inner + 2 * f
+def kept_numbers(options: Rwkv6Options, d: int) -> Stored:
+    """What a block keeps of each token for the backward pass, counted off what autograd saves."""
+    inner = options.inner(d)
+    f = options.ffn(d)
+    ranks = options.ranks(d)
+    heads = inner // options.head_size
+    # Of the chunks: the scores of each head, and the state before each and what is written to it.
+    chunks = CHUNK * heads + 2 * inner * options.head_size // CHUNK
+    # Inputs of matrices and what gates are made of.
+    split = 10 * d + 4 * inner + 2 * f + MIXES * ranks.mix + ranks.decay
+    return Stored(
+        residual=d,
+        split=split,
+        gathered=0,
+        # Selective recompute keeps what the widest matrix makes.
+        again_split=split - f,
+        exact=8 * d + 21 * inner + chunks,
+    )

@@ -17,7 +17,7 @@ from castalia.models.kinds.rwkv import (
     tp_problems,
 )
 from castalia.models.starts import ZEROS, Constant, Orthogonal, Start, Uniform
-from castalia.recurrent.options import Rwkv7Options
+from castalia.recurrent.options import CHUNK, Rwkv7Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,19 +50,21 @@ class Rwkv7Kind(BlockKind):
         def of_layer(depth: Depth) -> Iterator[tuple[str, Start]]:
             yield from mixes(depth)
             yield from vectors(depth, head_size)
-            for name in ("decay", "rate", "value", "gate"):
-                yield f"att.{name}_in", ZEROS
-                yield f"att.{name}_out", Orthogonal(0.1)
-            for name, bound in (("receptance", 0.5), ("key", 0.05), ("value", 0.5)):
-                yield f"att.{name}.weight", Uniform(bound * d**-0.5)
-            yield "ffn.key.weight", Uniform(0.5 * d**-0.5)
-            # What leads back into the stream adds nothing at first.
-            yield "att.output.weight", ZEROS
-            yield "ffn.value.weight", ZEROS
             number = 1 - depth.down + 1 / config.num_layers
             yield "att.norm.weight", Constant(number**0.7)
 
-        return list(by_layer(config, self.name, of_layer))
+        return [
+            *by_layer(config, self.name, of_layer),
+            ("*.att.*_in", ZEROS),
+            ("*.att.*_out", Orthogonal(0.1)),
+            ("*.att.receptance.weight", Uniform(0.5 * d**-0.5)),
+            ("*.att.key.weight", Uniform(0.05 * d**-0.5)),
+            ("*.att.value.weight", Uniform(0.5 * d**-0.5)),
+            ("*.ffn.key.weight", Uniform(0.5 * d**-0.5)),
+            # What leads back into the stream adds nothing at first.
+            ("*.att.output.weight", ZEROS),
+            ("*.ffn.value.weight", ZEROS),
+        ]
 
     def costs(self, config: Any, layer: int) -> Costs:
         """See `BlockKind`."""
@@ -86,9 +88,14 @@ class Rwkv7Kind(BlockKind):
             # three times with the backward.
             flops_per_key=30 * d * options.head_size,
             window=1,
-            kept=Stored(residual=d, split=kept_numbers(d, f, low), gathered=2 * d),
+            kept=kept_numbers(options, d, low),
             whole_parameters=parameters,
         )
+
+    def filled(self, config: Any) -> dict[str, Any]:
+        """See `BlockKind`."""
+        section = sizes(config).complete(config.hidden_size)
+        return {self.name: section.model_dump(mode="json")}
 
     def divides(self, config: Any, degrees: Axes) -> list[str]:
         """See `BlockKind`."""
@@ -142,7 +149,19 @@ def vectors(depth: Depth, head_size: int) -> Iterator[tuple[str, Start]]:
     yield "att.bonus", Constant(-0.04)
 
 
-def kept_numbers(d: int, f: int, low: int) -> int:
-    """What a block keeps of each token for the backward pass, beside the outputs of its norms."""
-    # Seven inputs of matrices, what these make, factors of the chunks, and both halves of the MLP.
-    return 60 * d + 2 * f + 2 * low
+def kept_numbers(options: Rwkv7Options, d: int, low: int) -> Stored:
+    """What a block keeps of each token for the backward pass, counted off what autograd saves."""
+    f = options.ffn(d)
+    heads = d // options.head_size
+    # Of the chunks: four products of pairs and the solution of each head, and two states.
+    chunks = 5 * CHUNK * heads + 2 * d * options.head_size // CHUNK
+    # Inputs of matrices.
+    split = 7 * d + 2 * f + low
+    return Stored(
+        residual=d,
+        split=split,
+        gathered=0,
+        # Selective recompute keeps what the widest matrix makes.
+        again_split=split - f,
+        exact=41 * d + chunks,
+    )
