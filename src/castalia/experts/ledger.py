@@ -107,7 +107,7 @@ def load_metrics(loads: Sequence[LayerLoad]) -> dict[str, Any]:
     layers = [
         {
             "layer": load.layer,
-            "load": [round(share, 6) for share in load.load],
+            "load": load.load,
             "dropped": load.dropped_share,
             "entropy": load.entropy / load.tokens,
             "aux_loss": load.balance / load.rows,
