@@ -61,6 +61,10 @@ BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
             "precision=bf16",
             "model.moe.expert_size=64",
         ],
+        ["debug-mamba", *LONG],
+        ["debug-mamba", "precision=bf16"],
+        ["debug-mamba2", *LONG, "model.mamba2.groups=2"],
+        ["debug-mamba2", "precision=bf16"],
     ],
 )
 def test_activations_are_near_what_autograd_saves(overrides):

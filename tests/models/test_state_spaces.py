@@ -1,13 +1,27 @@
 """Layers with a state of constant size: documents of a row, generation, precision, layouts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from castalia.models import Decoder, build_model_config, flops_per_token, parameter_counts
+from castalia.checkpoint.hf import read_hf, write_hf
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.cost.divisibility import layout_problems
+from castalia.distributed import ParallelConfig
+from castalia.models import (
+    Decoder,
+    build_model_config,
+    family_of,
+    flops_per_token,
+    parameter_counts,
+)
 from castalia.models.init import start_weights
 from castalia.models.state import RecurrentState
+from castalia.optim import AdamWConfig, Rules
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "vocab_size": 61}
 MODELS: dict[str, dict[str, Any]] = {
@@ -88,7 +102,81 @@ def test_autocast_keeps_decays_and_states_in_fp32(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_costs_are_those_of_the_model(name: str) -> None:
-    model = make(name)
-    assert parameter_counts(model.config).total == sum(p.numel() for p in model.parameters())
+    config = make(name).config
+    with torch.device("meta"):
+        model = Decoder(config)
+        tokens = torch.zeros(2, 8, dtype=torch.int64)
+    assert parameter_counts(config).total == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model.head(model(tokens)).sum().backward()
+    assert counter.get_total_flops() == tokens.numel() * flops_per_token(config, 8)
     # A state costs the same at every position.
-    assert flops_per_token(model.config, 8) == flops_per_token(model.config, 800)
+    assert flops_per_token(config, 8) == flops_per_token(config, 800)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputed_layers_have_the_same_gradients(name: str) -> None:
+    model = make(name)
+    tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for how in (False, "full", "selective"):
+        model.recompute = how
+        model.zero_grad()
+        model(tokens).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for again in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
+
+
+def test_starts_are_those_of_gpt_neox() -> None:
+    model = make("mamba")
+    mixer = model.layers[1].mixer
+    assert torch.equal(mixer.ssm.A_log, torch.arange(1, 5).float().log().expand(32, 4))
+    assert mixer.ssm.D.eq(1).all()
+    steps = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert 0.001 <= steps.min() < 0.01 < steps.max() <= 0.1
+    rules = Rules(AdamWConfig(weight_decay=0.5), family_of(model.config).no_decay)
+    decayed = {name for name, _ in model.named_parameters() if rules.rule(name).weight_decay}
+    names = ("x", "z", "conv", "x_proj", "dt_proj", "out")
+    inside = {f"layers.{i}.mixer.{name}.weight" for i in range(2) for name in names}
+    assert decayed == {"embed.weight", *inside}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"family": "mamba", "mamba2": {}}, "mamba2 is set, and all layers are mamba; remove it"),
+        ({"family": "mamba2", "mamba2": {"head_size": 5}}, "inner_size 32 is not divisible by"),
+        ({"family": "mamba2", "mamba2": {"head_size": 8, "groups": 3}}, "4 heads of 8 channels"),
+        ({"family": "mamba", "mamba": {"state_size": 0}}, "state_size"),
+        ({"family": "mamba2", "mamba2": {"head_size": 8, "dt_limit": [0.5, 0.1]}}, "limit"),
+        ({"family": "mamba", "num_attention_heads": 4}, "num_attention_heads"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model_config(SIZES | values, "a test")
+
+
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    def problems(family: str, section: dict[str, Any], **degrees: int) -> str:
+        config = build_model_config(SIZES | {"family": family, family: section}, "a test")
+        return "; ".join(layout_problems(config, 24, ParallelConfig(**degrees)))
+
+    assert "inner_size 30 is not divisible by parallel.tp=4" in problems(
+        "mamba", {"inner_size": 30}, tp=4
+    )
+    groups = {"head_size": 2, "groups": 2, "inner_size": 24}
+    assert "has 12 heads, which parallel.tp=8 does not divide" in problems("mamba2", groups, tp=8)
+    assert "groups 2 and parallel.tp=3: one must be a multiple" in problems("mamba2", groups, tp=3)
+    assert "family mamba reads each row from its beginning" in problems("mamba", {}, cp=2)
+
+
+def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
+    write_hf(tmp_path, make("mamba").state_dict(), make("mamba").config, end_ids=[0])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
+    config |= {"num_heads": 4, "head_dim": 8, "n_groups": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="Mamba2 key map: keys that no rule knows"):
+        read_hf(tmp_path)

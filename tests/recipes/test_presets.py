@@ -4,7 +4,7 @@ import pytest
 
 from castalia.checkpoint.policy import SavePolicy
 from castalia.core.errors import ConfigError
-from castalia.models import build_model_config
+from castalia.models import TransformerConfig, build_model_config
 from castalia.models.flops import active_parameters, parameter_counts
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, preset, preset_names
@@ -174,6 +174,10 @@ OTHERS = {
     "qwen2.5-7b": 7_615_616_512,
     "olmoe-1b-7b": 6_919_161_856,
     "mixtral-8x7b": 46_702_792_704,
+    "mamba-130m": 129_135_360,
+    "mamba-2.8b": 2_768_345_600,
+    "mamba2-130m": 128_989_632,
+    "mamba2-2.7b": 2_702_599_680,
 }
 # Peng et al. 2025, arXiv:2503.14456, and of the first three arXiv:2404.05892 in billions, 1.60 and
 # 3.10.
@@ -217,6 +221,8 @@ def test_the_measured_piece_of_a_model_runs(name):
     assert piece.hidden_size <= 768 and piece.num_layers <= 4
     # As a config that a user writes: copies are not validated.
     again = build_model_config(piece.model_dump(), name)
+    if not isinstance(again, TransformerConfig):
+        return
     group = again.num_attention_heads // again.kv_heads
     whole = load_config([name]).model
     assert group in (whole.num_attention_heads // whole.kv_heads, again.num_attention_heads)

@@ -8,6 +8,7 @@ from typing import Any
 
 from castalia.recipes.shapes import M, Published
 from castalia.recipes.zoo_experts import EXPERTS
+from castalia.recipes.zoo_mamba import STATE_SPACES
 from castalia.recipes.zoo_rwkv import RWKV
 
 LLAMA_3 = {
@@ -142,7 +143,7 @@ NEOX = {
         warmup_steps=1500,
     ),
 }
-MODELS = {**NEOX, **LLAMA, **MISTRAL, **FALCON, **PALM, **GPT_2, **OTHERS, **EXPERTS, **RWKV}
+MODELS = NEOX | LLAMA | MISTRAL | FALCON | PALM | GPT_2 | OTHERS | EXPERTS | STATE_SPACES | RWKV
 
 
 def published(name: str) -> dict[str, Any]:

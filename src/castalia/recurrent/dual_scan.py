@@ -16,10 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_CHUNK = 64
-"""Tokens of a chunk on a CPU: the square of a head is then as large as its channels, and the state
-between chunks twice as large as they are."""
-
 
 def dual_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
@@ -60,7 +56,7 @@ def dual_scan(
     C: Tensor,
     starts: Tensor | None = None,
     h: Tensor | None = None,
-    chunk: int = CPU_CHUNK,
+    chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """y (S, T, G, R, P) in the dtype of A, and the state after the last token, (S, G, R, P, N).
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
@@ -44,3 +45,12 @@ def held(parameter: Tensor) -> Tensor:
     placements = [Partial() if p.is_replicate() else p for p in parameter.placements]
     # Of a parameter that every rank holds, each rank's gradient is that of its own channels.
     return parameter.to_local(grad_placements=placements)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, if it is on: each matrix that reads it would keep a copy."""
+    kind = x.device.type
+    # On the meta device, where shapes and operations are counted, there is no autocast.
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.convolution import CausalConvolution, document_starts
-from castalia.recurrent.held import ALL, ChannelShare, held
+from castalia.recurrent.held import ALL, ChannelShare, held, narrowed
 from castalia.recurrent.options import MambaOptions
 from castalia.recurrent.selective_scan import scan_step, selective_scan
 
@@ -66,10 +66,11 @@ class MambaMixer(nn.Module):
         kept      what `remembered` made; the state of the tokens is written into it.
         share     the channels held here.
         """
+        x_BTC = narrowed(x_BTC)
         x_BTE = self.x(x_BTC)
         z_BTE = self.z(x_BTC)
         past = None if kept is None else kept["conv"]
-        u_BTE = F.silu(self.conv(x_BTE, segments, past))
+        u_BTE = self.conv(x_BTE, segments, past)
         if kept is not None:
             kept["conv"] = self.conv.remembered(x_BTE, kept["conv"])
         dt_BTE, B_BTN, C_BTN = self.selected(u_BTE, share)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.convolution import CausalConvolution, document_starts
-from castalia.recurrent.dual_scan import CPU_CHUNK, dual_scan, dual_step
-from castalia.recurrent.held import ALL, ChannelShare, held
+from castalia.recurrent.dual_scan import dual_scan, dual_step
+from castalia.recurrent.gated_norm import GatedNorm
+from castalia.recurrent.held import ALL, ChannelShare, held, narrowed
 from castalia.recurrent.options import Mamba2Options
 
 
@@ -26,33 +27,6 @@ class HeadDecays(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-
-
-class GatedNorm(nn.Module):
-    """RMSNorm of y silu(z) over each group of channels."""
-
-    split_axes = {"weight": ("outputs",)}
-
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.channels = channels
-        self.groups = groups
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(channels))
-
-    def forward(self, y_BTE: Tensor, z_BTE: Tensor, share: ChannelShare) -> Tensor:
-        """(B, T, E) -> the same shape, in the dtype of z."""
-        gated = y_BTE.float() * F.silu(z_BTE.float())
-        here = share.of(self.groups)
-        parts = gated.unflatten(-1, (here.stop - here.start, -1))
-        squares = parts.square().sum(-1)
-        if self.groups < share.size:
-            # Ranks hold a part of a group each; those of other groups add zeros.
-            own = F.pad(squares, (here.start, self.groups - here.stop))
-            squares = share.total(own)[..., here]
-        mean = squares * (self.groups / self.channels)
-        normed = (parts * torch.rsqrt(mean + self.eps)[..., None]).flatten(-2)
-        return (normed * held(self.weight).float()).to(z_BTE.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -95,6 +69,7 @@ class Mamba2Mixer(nn.Module):
         share: ChannelShare = ALL,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the arguments are those of `MambaMixer`."""
+        x_BTC = narrowed(x_BTC)
         z_BTE = self.z(x_BTC)
         mixed = {
             name: self.convolved(name, getattr(self, name)(x_BTC), segments, kept)
@@ -122,10 +97,10 @@ class Mamba2Mixer(nn.Module):
         """The convolution of x, B or C, and its function."""
         conv: CausalConvolution = getattr(self, f"conv_{name}")
         if kept is None:
-            return F.silu(conv(x, segments))
+            return conv(x, segments)
         past = kept[f"conv_{name}"]
         kept[f"conv_{name}"] = conv.remembered(x, past)
-        return F.silu(conv(x, segments, past))
+        return conv(x, segments, past)
 
     def own_groups(self, x: Tensor, here: slice) -> Tensor:
         """B or C by group, (B, T, G, N), of the heads held here."""
@@ -153,7 +128,7 @@ class Mamba2Mixer(nn.Module):
             return y[:, None]
         chunk = self.options.chunk_size
         if x.device.type == "cpu":
-            chunk = min(chunk, CPU_CHUNK)
+            chunk = min(chunk, Mamba2Options.CPU_CHUNK)
         starts = document_starts(segments)
         h = None if kept is None else kept["ssm"]
         y, last = dual_scan(x, dt, A, B, C, starts, h, chunk)

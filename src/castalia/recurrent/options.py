@@ -1,6 +1,6 @@
 """Sections of `model` for layers with a recurrence. Needs no torch."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -29,6 +29,9 @@ class MambaOptions(Config):
     dt_floor: PositiveFloat = 1e-4
     """Time steps at the start are not below."""
 
+    CHUNK: ClassVar[int] = 32
+    """Tokens between two states that are kept for the backward."""
+
     def channels(self, width: int) -> int:
         """Channels of the scan in a model of this width."""
         return self.inner_size or 2 * width
@@ -52,7 +55,7 @@ class Mamba2Options(Config):
     groups: PositiveInt = 1
     """Groups of heads that share the vectors which write to the state and read from it."""
     chunk_size: PositiveInt = 256
-    """Tokens of a chunk of the scan; a matter of speed alone."""
+    """Tokens of a chunk of the scan; a matter of speed alone. A CPU takes 128 at most."""
     conv_bias: bool = True
     """Bias of the convolution."""
     bias: bool = False
@@ -65,6 +68,9 @@ class Mamba2Options(Config):
     """Time steps at the start are not below."""
     dt_limit: tuple[NonNegativeFloat, PositiveFloat] | None = None
     """Least and greatest time step at any time; null bounds none."""
+
+    CPU_CHUNK: ClassVar[int] = 128
+    """Products large enough for a core's kernels, squares that stay in its cache."""
 
     def channels(self, width: int) -> int:
         """Channels of the scan in a model of this width."""

@@ -17,7 +17,7 @@ from castalia.recurrent.compiled_scan import compiled_backward, compiled_scan, l
 
 CHUNK_NUMBERS = 1 << 18
 """Numbers of the states of a chunk, so that a chunk stays in the cache of a core."""
-SHORTEST = 8
+SHORTEST = 32
 """Tokens of a chunk, at least: its state at the border is kept for the backward."""
 
 

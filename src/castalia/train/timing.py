@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from castalia.core.memory import keep_freed_memory
 from castalia.cost.estimate import Estimate
@@ -107,6 +108,8 @@ def piece_of(model: ModelConfig, device: str) -> ModelConfig:
     }
     if isinstance(model, TransformerConfig) and model.hidden_size > WIDTH[device]:
         changes |= narrower(model, WIDTH[device])
+    elif model.hidden_size > WIDTH[device]:
+        changes |= halved(model, WIDTH[device])
     return model.model_copy(update=changes)
 
 
@@ -125,6 +128,18 @@ def narrower(model: TransformerConfig, width: int) -> dict[str, int]:
         "attention_head_dim": model.head_dim,
         "intermediate_size": max(1, model.ffn_size * hidden // model.hidden_size),
     }
+
+
+def halved(model: ModelConfig, width: int) -> dict[str, int]:
+    """A width of at most `width` by halves; none where the heads of the layers do not allow it."""
+    hidden = model.hidden_size
+    while hidden > width and hidden % 2 == 0:
+        hidden //= 2
+    try:
+        type(model).model_validate(model.model_dump() | {"hidden_size": hidden})
+    except ValidationError:
+        return {}
+    return {"hidden_size": hidden}
 
 
 def random_model(piece: ModelConfig, device: torch.device) -> Decoder:

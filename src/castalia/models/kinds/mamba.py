@@ -65,7 +65,18 @@ class Mamba(BlockKind):
             active=parameters,
             products=products,
             flops_per_key=0,
-            kept=Stored(residual=d, split=6 * inner, gathered=d),
+            # Two halves, before and after the convolution, gate and output; the time steps before
+            # and after their function, and the states between chunks.
+            kept=Stored(
+                residual=d,
+                split=6 * inner,
+                gathered=d + rank + 2 * n,
+                # All but the two halves.
+                again_split=4 * inner,
+                again_gathered=d + rank + 2 * n,
+                unfused=0 if "layernorm" in config.norm else d,
+                exact=2 * inner + inner * n // options.CHUNK,
+            ),
             tp_width=2 * d,
             whole_parameters=norm + options.bias * d,
         )

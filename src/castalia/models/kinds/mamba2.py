@@ -54,13 +54,25 @@ class Mamba2(BlockKind):
         biases = options.bias * (2 * inner + both + heads + d)
         convolution = (options.conv_size + options.conv_bias) * (inner + both)
         norm = norm_parameters(config)
+        chunk = min(options.chunk_size, options.CPU_CHUNK)
         parameters = products + biases + convolution + 3 * heads + inner + norm
         return Costs(
             parameters=parameters,
             active=parameters,
             products=products,
             flops_per_key=0,
-            kept=Stored(residual=d, split=6 * inner, gathered=d),
+            # Two halves, before and after the convolution, and the output of the norm; its input,
+            # the time steps before and after their function, and the states between chunks.
+            kept=Stored(
+                residual=d,
+                split=4 * inner + 2 * both,
+                gathered=d,
+                # All but the two halves.
+                again_split=2 * inner + 2 * both,
+                again_gathered=d,
+                unfused=0 if "layernorm" in config.norm else d,
+                exact=inner + 2 * heads + inner * options.state_size // chunk,
+            ),
             tp_width=2 * d,
             whole_parameters=norm + options.bias * d,
         )
@@ -84,6 +96,9 @@ class Mamba2(BlockKind):
                 f"mamba2.inner_size {inner} is not divisible by mamba2.head_size"
                 f" {options.head_size}"
             ]
+        limit = options.dt_limit
+        if limit is not None and limit[0] > limit[1]:
+            return [f"mamba2.dt_limit {list(limit)} has its greatest step below its least"]
         heads = options.heads(config.hidden_size)
         if heads % options.groups:
             return [
