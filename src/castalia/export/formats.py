@@ -309,7 +309,7 @@ class Neox(ParallelFormat):
     @classmethod
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
         """See `Format`."""
-        return neox_refuses(require_transformer(config, "GPT-NeoX"))
+        return neox_refuses(config)
 
     @classmethod
     def reader(cls, written: ExportFolder) -> Reader:
@@ -320,16 +320,18 @@ class Neox(ParallelFormat):
     @classmethod
     def notes(cls, source: SavedModel) -> list[str]:
         """See `Format`."""
-        notes = neox_notes(require_transformer(source.config, "GPT-NeoX"))
+        assert isinstance(source.config, BlocksConfig), "refuses was not asked"
+        notes = neox_notes(source.config)
         return notes + lost_numerics(source.config, "alibi_numerics", "ALiBi's biases")
 
     @classmethod
     def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:
         """See `ParallelFormat`."""
+        assert isinstance(source.config, BlocksConfig), "refuses was not asked"
         write_neox(
             folder,
             source.tensors,
-            require_transformer(source.config, "GPT-NeoX"),
+            source.config,
             dtype=numbers,
             shape=shape,
             step=source.step or 0,

@@ -16,6 +16,7 @@ from torch import Tensor
 from castalia.checkpoint.hf import DTYPES
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.export.neox_config import TRAINING, NeoxShape, expressed, neox_options
+from castalia.export.neox_layers import left_over, require_one_norm
 from castalia.formats.neox.config import CONFIGS
 from castalia.formats.neox.folder import LATEST, layer_file, rank_file, tag_of
 from castalia.formats.neox.forms import their_form
@@ -23,6 +24,7 @@ from castalia.formats.neox.layout import NORM_PLACES, layout_of
 from castalia.formats.neox.names import FIRST_BLOCK, RPE, Key
 from castalia.formats.pieces import Layout, Placed, rank_shapes
 from castalia.models.config import TransformerConfig
+from castalia.models.model_config import BlocksConfig
 from castalia.tokenizers.forms import CHAR, SentencePieceTokenizer
 from castalia.tokenizers.tokenizer import Tokenizer
 
@@ -32,7 +34,7 @@ CONFIG_FILE = "model.yml"
 def write_neox(
     folder: Path,
     tensors: StoredTensors,
-    config: TransformerConfig,
+    config: BlocksConfig,
     *,
     dtype: str,
     shape: NeoxShape,
@@ -44,7 +46,9 @@ def write_neox(
     With a pipeline one layer of all ranks is in memory at a time, without one a rank's whole model.
     Raises  ConfigError if the ranks do not divide the model.
     """
-    layout = layout_of(expressed(config), shape.model_parallel_size)
+    require_one_norm(config, tensors)
+    built = expressed(config) if isinstance(config, TransformerConfig) else config
+    layout = layout_of(built, shape.model_parallel_size)
     place = folder / tag_of(step)
     (place / CONFIGS).mkdir(parents=True)
     ranks = shape.model_parallel_size
@@ -108,7 +112,7 @@ class ShardWriter:
     def __init__(
         self,
         tensors: StoredTensors,
-        config: TransformerConfig,
+        config: BlocksConfig,
         layout: Layout,
         dtype: torch.dtype,
         ranks: int,
@@ -167,7 +171,9 @@ class ShardWriter:
 
     def unused(self, layer: int, rank: int, own: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """Tensors that GPT-NeoX builds in a block beside those that it needs."""
-        out: dict[Key, Tensor] = {}
+        out = left_over(self.config, layer)
+        if not isinstance(self.config, TransformerConfig):
+            return {key: tensor.to(self.dtype) for key, tensor in out.items()}
         if self.config.shared_norm:
             first = f"{NORM_PLACES['attention_norm']}."
             second = f"{NORM_PLACES['mlp_norm']}."

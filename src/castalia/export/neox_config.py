@@ -7,7 +7,14 @@ Source  gpt-neox at ea7aefd8: megatron/neox_arguments/neox_args.py (names and de
 from dataclasses import dataclass
 from typing import Any
 
+from castalia.export.neox_layers import (
+    expert_lacks,
+    expert_options,
+    layer_lacks,
+    layer_options,
+)
 from castalia.models.config import TransformerConfig
+from castalia.models.model_config import BlocksConfig, ModelConfig
 
 UNCHANGED = (
     *("relu", "softsign", "swish", "silu", "mish"),
@@ -47,10 +54,20 @@ class NeoxShape:
     """0 for the form without a pipeline; otherwise any degree reads the files of another."""
 
 
-def neox_refuses(config: TransformerConfig) -> str | None:
+def neox_refuses(config: ModelConfig) -> str | None:
     """Why GPT-NeoX cannot compute a model of `config`, in one sentence; None if it can."""
-    if config.moe is not None:
-        return "GPT-NeoX checkpoints with model.moe are not written"
+    lacks = neox_lacks(config)
+    if lacks is None:
+        return None
+    return f"GPT-NeoX cannot express model.{lacks}; export --to hf, or train it here"
+
+
+def neox_lacks(config: ModelConfig) -> str | None:
+    """The first option of `config` that GPT-NeoX lacks, as NAME=VALUE."""
+    if not isinstance(config, TransformerConfig):
+        if not isinstance(config, BlocksConfig):
+            return f"family={config.family}"
+        return next(layer_lacks(config), None)
     wrong = [
         ("head", config.head, config.head != "vocab"),
         ("activation", config.activation, config.activation not in ACTIVATIONS),
@@ -67,8 +84,8 @@ def neox_refuses(config: TransformerConfig) -> str | None:
     ]
     for name, value, is_wrong in wrong:
         if is_wrong:
-            return f"GPT-NeoX cannot express model.{name}={value}; export --to hf, or train it here"
-    return None
+            return f"{name}={value}"
+    return next(expert_lacks(config), None)
 
 
 def rope_kind(config: TransformerConfig) -> str | None:
@@ -95,12 +112,14 @@ def multipliers(config: TransformerConfig) -> list[tuple[str, Any, bool]]:
     return out
 
 
-def neox_notes(config: TransformerConfig) -> list[str]:
+def neox_notes(config: BlocksConfig) -> list[str]:
     """What a user of the checkpoint should know, one sentence each."""
     notes = [
         "GPT-NeoX reads it with `load: FOLDER` and `finetune: true`; vocab_file is relative to the"
         " folder, and the options of training in configs/model.yml are placeholders"
     ]
+    if not isinstance(config, TransformerConfig):
+        return notes
     built = expressed(config)
     added = [name for name in ("attention_bias", "mlp_bias") if getattr(built, name)]
     had = {
@@ -133,7 +152,7 @@ def expressed(config: TransformerConfig) -> TransformerConfig:
     )
 
 
-def padding_unit(config: TransformerConfig, ranks: int, ids: int) -> int:
+def padding_unit(config: BlocksConfig, ranks: int, ids: int) -> int:
     """make_vocab_size_divisible_by, from which GPT-NeoX gets the rows of the embedding: it rounds
     the tokenizer's `ids` up to a multiple of this times the ranks."""
     rows = config.padded_vocab_size
@@ -143,34 +162,27 @@ def padding_unit(config: TransformerConfig, ranks: int, ids: int) -> int:
     return rows // ranks
 
 
-def neox_options(
-    config: TransformerConfig, shape: NeoxShape, dtype: str, ids: int
-) -> dict[str, Any]:
+def neox_options(config: BlocksConfig, shape: NeoxShape, dtype: str, ids: int) -> dict[str, Any]:
     """The options of the model, for a YAML file; `ids` is the number of the tokenizer's."""
-    built = expressed(config)
     ranks = shape.model_parallel_size
     options: dict[str, Any] = {
         "pipe_parallel_size": shape.pipe_parallel_size,
         "model_parallel_size": ranks,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "make_vocab_size_divisible_by": padding_unit(config, ranks, ids),
         "no_weight_tying": not config.tie_word_embeddings,
         "output_layer_parallelism": "column",
-        "gpt_j_residual": config.parallel_residual,
-        "gpt_j_tied": config.shared_norm,
         "norm": config.norm,
         NORM_EPSILONS[config.norm]: config.layernorm_epsilon,
-        "use_qk_layernorm": config.qk_norm == "neox",
-        **ACTIVATIONS[config.activation],
-        **mlp_options(config),
-        "use_bias_in_attn_linear": built.attention_bias,
-        "use_bias_in_mlp": built.mlp_bias,
-        **position_options(config),
-        **attention_options(config),
+    }
+    if isinstance(config, TransformerConfig):
+        options |= transformer_options(config)
+    else:
+        options |= layer_options(config)
+    options |= {
         "init_method": config.init_method,
         "output_layer_init_method": config.output_layer_init_method,
         "init_method_std": config.init_method_std,
@@ -178,11 +190,30 @@ def neox_options(
         "attention_dropout": getattr(config, "attention_dropout", 0.0),
         "precision": {"fp32": "fp32", "fp16": "fp16", "bf16": "bfloat16"}[dtype],
     }
-    if config.kv_heads != config.num_attention_heads:
-        options["num_kv_heads"] = config.kv_heads
     if dtype == "bf16":
         # Its reader asks for the stage without looking whether there is one.
         options["zero_optimization"] = {"stage": 0}
+    return options
+
+
+def transformer_options(config: TransformerConfig) -> dict[str, Any]:
+    """The options of layers with attention."""
+    built = expressed(config)
+    options: dict[str, Any] = {
+        "num_attention_heads": config.num_attention_heads,
+        "gpt_j_residual": config.parallel_residual,
+        "gpt_j_tied": config.shared_norm,
+        "use_qk_layernorm": config.qk_norm == "neox",
+        **ACTIVATIONS[config.activation],
+        **mlp_options(config),
+        **expert_options(config),
+        "use_bias_in_attn_linear": built.attention_bias,
+        "use_bias_in_mlp": built.mlp_bias,
+        **position_options(config),
+        **attention_options(config),
+    }
+    if config.kv_heads != config.num_attention_heads:
+        options["num_kv_heads"] = config.kv_heads
     return options
 
 
