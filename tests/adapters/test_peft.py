@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import castalia
 from castalia.adapters import adapt, build_adapter_config
+from castalia.adapters.config import ADAPTERS
 from castalia.adapters.linear import LoraLinear
-from castalia.checkpoint.hf import hf_keymap, write_hf
+from castalia.checkpoint.hf import chosen_format, write_hf
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.formats.adapted import weights_hash
 from castalia.formats.additions import Addition, to_theirs
@@ -30,6 +31,18 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 LLAMA = {"family": "llama", "num_kv_heads": 2, "intermediate_size": 48}
+MIXTURE = {
+    "family": "qwen2",
+    "intermediate_size": 48,
+    "moe": {
+        "experts": 3,
+        "top_k": 2,
+        "expert_size": 24,
+        "interval": 2,
+        "shared_size": 16,
+        "shared_gate": True,
+    },
+}
 CASES = {
     "neox lora": ({}, {"kind": "lora", "rslora": True, "targets": ["qkv", "mlp_up"]}),
     "neox dora": ({}, {"kind": "dora"}),
@@ -38,6 +51,8 @@ CASES = {
     # One matrix for queries, keys and values there, three here.
     "gpt2 lora": ({"family": "gpt2"}, {"kind": "lora", "targets": ["q", "v", "mlp_down"]}),
     "gpt2 dora": ({"family": "gpt2"}, {"kind": "dora", "targets": ["q"]}),
+    # The second layer has an MLP; the first one an MLP beside its experts, too.
+    "experts lora": (MIXTURE, {"kind": "lora", "targets": ["v", "mlp_up", "shared.up"]}),
 }
 
 
@@ -154,8 +169,9 @@ def test_outputs_gradients_and_merged_weights_are_those_of_peft(case, name):
                 torch.testing.assert_close(gradient.magnitude, there, rtol=1e-5, atol=1e-6)
     # A part of a merged matrix is the same part of the whole.
     merged = open_model(own.peft).tensors
-    ours = hf_keymap(own.config).to_theirs(merged)
     keep = theirs.merge_and_unload().state_dict()
+    # In memory transformers holds all experts of a layer in one tensor.
+    ours = chosen_format(own.config).keymap_of(own.config, keep).to_theirs(merged)
     for key, tensor in ours.items():
         there = keep[key] if key in keep else keep["lm_head.weight"]
         torch.testing.assert_close(tensor, there, rtol=0, atol=2e-6)
@@ -224,3 +240,14 @@ def test_the_folder_has_short_names_and_the_hash_of_its_base(case):
     partly = json.loads((case("llama lora").peft / "adapter_config.json").read_text())
     assert "model.layers.1.mlp.up_proj" in partly["target_modules"]
     assert BASE_HASH.encode() in (own.peft / "adapter_model.safetensors").read_bytes()[:4000]
+
+
+def test_an_addition_without_a_place_is_named(case):
+    own = case("experts lora")
+    addition = next(iter(own.additions.values()))
+    with pytest.raises(ConfigError, match=r"no linear layer for layers\.0\.mlp\.up; export the"):
+        to_theirs({"layers.0.mlp.up": addition}, own.config, own.weights)
+    plain = build_model_config({**SHAPE, **LLAMA, "moe": {"experts": 2}}, "a test")
+    section = build_adapter_config({"kind": "lora", "rank": 2, "targets": ["mlp_up"]}, "a test")
+    (problem,) = ADAPTERS["lora"].problems(section, plain)
+    assert "'mlp_up' matches no linear layer of a block; choose among all-linear, q, k" in problem

@@ -237,6 +237,41 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 100352,
     },
+    "olmoe-1b-7b": LLAMA_FILE
+    | {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "attention_bias": False,
+        "clip_qkv": None,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "output_router_logits": False,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "vocab_size": 50304,
+    },
+    "mixtral-8x7b": LLAMA_FILE
+    | {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "vocab_size": 32000,
+    },
 }
 
 

@@ -51,6 +51,9 @@ def test_the_architecture_of_a_mixture_and_its_config_back(
     assert (back.expert_size, back.moe.balance_loss) == (24, 0.01)
     assert [back.has_experts(i) for i in (0, 1)] == [config.has_experts(i) for i in (0, 1)]
     assert hf_config(back, end_ids=(0,)) == written
+    # A run with losses and capacities of its own may start from the folder.
+    config = config.model_copy(update={"family": back.family})
+    assert back.weights_shape() == config.weights_shape()
 
 
 @pytest.mark.parametrize(

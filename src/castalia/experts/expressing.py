@@ -6,6 +6,7 @@ must have its default, so that one that is added later is refused until it is na
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from castalia.experts.config import MoeConfig
 
@@ -23,6 +24,17 @@ IN_TRAINING = frozenset(
 """Options that do not say what a trained model computes. Sinkhorn balances in training alone."""
 SIZES = ("experts", "top_k")
 """Options that every program has."""
+
+
+def computed(moe: MoeConfig, expert_size: int) -> dict[str, Any]:
+    """The section as a trained model's computation needs it; `expert_size` is that in effect."""
+    values = moe.model_dump(mode="json", exclude=set(IN_TRAINING))
+    values["expert_size"] = expert_size
+    # The rate is one of training; that there is a bias is not.
+    values["bias_rate"] = moe.bias_rate > 0
+    if moe.eval_capacity_factor is None:
+        del values["min_capacity"]
+    return values
 
 
 def unexpressed_experts(

@@ -13,6 +13,7 @@ from torch import Tensor
 from castalia.checkpoint.hf.format import TransformerFormat
 from castalia.checkpoint.hf.formats import chosen_format
 from castalia.checkpoint.hf.joins import by_key_head
+from castalia.checkpoint.hf.mixtures import MixtureFormat
 from castalia.checkpoint.hf.places import JOINED
 from castalia.checkpoint.keymap import Join
 from castalia.checkpoint.tensors import StoredTensor
@@ -119,6 +120,11 @@ def modules_of_layer(
         yield Modules(tuple(ours.pop(role) for role in JOINED), (theirs("qkv"),), join)
     for role, place in ours.items():
         yield Modules((place,), (theirs(role),), None)
+    if config.has_experts(layer) and isinstance(form, MixtureFormat):
+        # Experts are no linear layers, on neither side; the MLP beside them is.
+        for own, there in form.experts.shared.items():
+            place = f"layers.{layer}.mlp.{own.removesuffix('.weight')}"
+            yield Modules((place,), (f"{block}.{there.removesuffix('.weight')}",), None)
 
 
 Lengths = Callable[[str], Tensor]
@@ -194,8 +200,17 @@ def joined_rows(
 def to_theirs(
     additions: Mapping[str, Addition], model: ModelConfig, base: Mapping[str, Tensor]
 ) -> dict[str, Addition]:
-    """Additions by the names of transformers' modules; `base` are our weights under them."""
-    _, groups = module_map(model)
+    """Additions by the names of transformers' modules; `base` are our weights under them.
+
+    Raises  ConfigError naming layers that transformers has no place for.
+    """
+    form, groups = module_map(model)
+    known = {name for modules in groups for name in modules.ours}
+    if unknown := sorted(set(additions) - known):
+        raise ConfigError(
+            f"{form.architectures[0]} has no linear layer for {', '.join(unknown[:3])}"
+            f"{' and more' if len(unknown) > 3 else ''}; export the merged model with --to hf"
+        )
     return moved(
         additions,
         [(ours, theirs, join) for ours, theirs, join in groups],

@@ -111,8 +111,9 @@ def read_params(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{folder / PARAMS}: {name} is {value!r}, expected a number above 0")
     if foreign := [name for name in FOREIGN if params.get(name)]:
         raise ConfigError(
-            f"{folder / PARAMS} has {', '.join(foreign)}: Castalia reads the dense text models,"
-            " without experts, images or quantized weights"
+            f"{folder / PARAMS} has {', '.join(foreign)}: Castalia reads the dense text models of"
+            " this format, without experts, images or quantized weights; it reads experts from a"
+            " Hugging Face folder or a GGUF file"
         )
     return params
 

@@ -14,6 +14,7 @@ from pydantic import (
 
 from castalia.core.errors import ConfigError
 from castalia.experts.config import MoeConfig
+from castalia.experts.expressing import computed
 from castalia.models.activations import GATED, Activation
 from castalia.models.kinds.base import ATTENTION, KINDS
 from castalia.models.model_config import BlocksConfig, ModelConfig
@@ -231,6 +232,13 @@ class TransformerConfig(BlocksConfig):
             return False
         return layer % self.moe.interval == 0
 
+    @property
+    def has_mlp(self) -> bool:
+        """Whether a layer has an MLP of intermediate_size, alone or beside experts."""
+        if self.moe is not None and self.moe.residual:
+            return True
+        return not all(self.has_experts(layer) for layer in range(self.num_layers))
+
     def facts(self) -> dict[str, str]:
         """The shape in words, for model cards."""
         heads = str(self.num_attention_heads)
@@ -240,6 +248,8 @@ class TransformerConfig(BlocksConfig):
         facts["residual"] = "parallel" if self.parallel_residual else "serial"
         if self.pattern is not None:
             facts["pattern"] = ", ".join(self.pattern)
+        if self.moe is not None:
+            facts["experts"] = f"{self.moe.experts} a layer, {self.moe.top_k} a token"
         return facts | {"norm": self.norm, "activation": self.activation}
 
     def position_facts(self) -> dict[str, str]:
@@ -264,6 +274,11 @@ class TransformerConfig(BlocksConfig):
             # The two forms of GELU are a matter of arithmetic, any other difference is not.
             "activation": self.activation.removesuffix("_tanh").replace("swish", "silu"),
         }
+        if self.moe is not None:
+            filled["moe"] = computed(self.moe, self.expert_size)
+            if not self.has_mlp:
+                # No layer has an MLP whose width this would be.
+                filled["intermediate_size"] = self.expert_size
         shape = super().weights_shape() | filled
         for kind in self.block_kinds:
             shape |= KINDS[kind].filled(self)
