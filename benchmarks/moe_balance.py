@@ -42,6 +42,8 @@ SHAPE = (
 )
 SMOOTH = 10
 """Steps that a point of the picture is the mean of."""
+FULL = (0.0, 4.0)
+"""None of the tokens, and all of them: each uses 2 of 8 experts."""
 TAIL = 100
 """Last steps that the table is the mean of."""
 
@@ -72,18 +74,15 @@ def main() -> None:
             print(f"{name:26}" + "".join(f"  {key} {value}" for key, value in summary.items()))
         world.close()
     seconds = round(time.perf_counter() - began, 1)
+    records = {name: record_of(steps) for name, steps in runs.items()}
     result = {
         "machine": describe(),
         "steps": options.steps,
         "seconds": seconds,
-        "routers": {name: record_of(steps) for name, steps in runs.items()},
+        "routers": records,
     }
     write_json(options.json, result)
-    layers = range(len(next(iter(runs.values()))[0]["moe/layers"]))
-    rows = [[load_panel(name, steps, layer) for name, steps in runs.items()] for layer in layers]
-    rows.append([worst_panel(runs), loss_panel(runs)])
-    title = "Load by expert under each way to balance"
-    write_chart(options.json.with_suffix(".svg"), rows, title)
+    draw(records, options.json.with_suffix(".svg"))
     print(f"{seconds:.0f} s; written to {options.json}")
 
 
@@ -129,62 +128,55 @@ def summary_of(steps: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def record_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the JSON keeps: the summary, and every SMOOTH-th mean."""
+    """What the JSON keeps: the summary, and means over SMOOTH steps each; loads of the experts of
+    each layer are over an equal share."""
     layers = range(len(steps[0]["moe/layers"]))
     return {
         "last": summary_of(steps),
-        "load_max": [round(value, 4) for _, value in smoothed(steps, "moe/load_max")],
-        "loss": [round(value, 4) for _, value in smoothed(steps, "loss")],
-        "load": {
-            str(layer): [
-                [round(value, 4) for _, value in load_line(steps, layer, expert)]
-                for expert in range(8)
-            ]
+        "load_max": chunks([step["moe/load_max"] for step in steps]),
+        "loss": chunks([step["loss"] for step in steps]),
+        "load": [
+            [chunks([8 * step["moe/layers"][layer]["load"][e] for step in steps]) for e in range(8)]
             for layer in layers
-        },
+        ],
     }
 
 
-def smoothed(steps: list[dict[str, Any]], key: str) -> Points:
-    """Means over SMOOTH steps each."""
-    return chunks([step[key] for step in steps])
-
-
-def load_line(steps: list[dict[str, Any]], layer: int, expert: int) -> Points:
-    """The share of an expert, over an equal one."""
-    return chunks([8 * step["moe/layers"][layer]["load"][expert] for step in steps])
-
-
-def chunks(values: list[float]) -> Points:
-    """Points at the middle of each SMOOTH steps."""
+def chunks(values: list[float]) -> list[float]:
+    """The mean of each SMOOTH values."""
     begins = range(0, len(values) - SMOOTH + 1, SMOOTH)
-    return [(begin + SMOOTH / 2, mean(values[begin : begin + SMOOTH])) for begin in begins]
+    return [round(mean(values[begin : begin + SMOOTH]), 4) for begin in begins]
 
 
-def load_panel(name: str, steps: list[dict[str, Any]], layer: int) -> Panel:
-    """A line for each expert of a layer."""
-    lines = {f"expert {e}": load_line(steps, layer, e) for e in range(8)}
-    return Panel(
-        f"{name}: layer {layer}",
-        lines,
-        "step",
-        "share of the tokens over an equal one",
-        log_x=False,
-        log_y=False,
-        span=(0.0, 4.0),
-    )
+def draw(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """A row of panels for each layer, a column for each router, and two panels of all routers."""
+    layers = range(len(next(iter(records.values()))["load"]))
+    rows = [
+        [
+            panel(f"{name}: layer {layer}", lines_of_experts(record["load"][layer]), FULL)
+            for name, record in records.items()
+        ]
+        for layer in layers
+    ]
+    worst = {name: points(record["load_max"]) for name, record in records.items()}
+    losses = {name: points(record["loss"]) for name, record in records.items()}
+    rows.append([panel("largest share of each step", worst), panel("training loss", losses)])
+    write_chart(path, rows, "Tokens of each expert, as a multiple of an equal share")
 
 
-def worst_panel(runs: dict[str, list[dict[str, Any]]]) -> Panel:
-    """The largest share in the worst layer, of each step."""
-    lines = {name: smoothed(steps, "moe/load_max") for name, steps in runs.items()}
-    return Panel("largest share of a step", lines, "step", "over an equal one", False, False)
+def lines_of_experts(loads: list[list[float]]) -> dict[str, Points]:
+    """A line for each expert."""
+    return {f"expert {expert}": points(values) for expert, values in enumerate(loads)}
 
 
-def loss_panel(runs: dict[str, list[dict[str, Any]]]) -> Panel:
-    """The training loss."""
-    lines = {name: smoothed(steps, "loss") for name, steps in runs.items()}
-    return Panel("training loss", lines, "step", "nats", False, True)
+def points(values: list[float]) -> Points:
+    """Each mean at the middle of its steps."""
+    return [(SMOOTH * (place + 0.5), value) for place, value in enumerate(values)]
+
+
+def panel(title: str, lines: dict[str, Points], span: tuple[float, float] | None = None) -> Panel:
+    """Both axes are linear."""
+    return Panel(title, lines, "step", log_x=False, log_y=False, span=span)
 
 
 if __name__ == "__main__":

@@ -159,14 +159,12 @@ def test_a_pass_is_one_group_where_the_config_says_so():
         (["model.moe.top_k=9"], "top_k 9 is above moe.experts 8"),
         (["model.moe.experts=1"], "model.moe.experts"),
         (["model.moe.router=sinkhorn", "model.moe.bias_rate=0.1"], "balances by itself"),
-        (["model.moe.top_k=1"], "would not learn"),
         (["model.moe.shared_gate=true"], "needs moe.shared_size"),
         (["model.moe.jitter=1"], "model.moe.jitter"),
         (
             ["model.moe.bias_rate=0.1", "train.parameters=bf16", "precision=bf16"],
             "small steps, which train.parameters=bf16",
         ),
-        (["parallel.uneven=true"], "rows of padding"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, message):

@@ -7,6 +7,7 @@ from torch import nn
 from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.models.families import FAMILIES
 from castalia.optim import AdamWConfig, Rules
+from castalia.optim.config import member_config
 from castalia.optim.loss_scale import make_scale
 from castalia.optim.updater import Updater, parameter_groups, trained_parameters
 from castalia.runs.config import LossScaleConfig
@@ -103,3 +104,44 @@ def test_loss_scale_survives_a_resume_and_gives_up_after_fifty():
 def test_no_scale_without_fp16():
     scale = make_scale(LossScaleConfig(), "bf16")
     assert not scale.enabled and scale.value == 1.0
+
+
+@pytest.mark.parametrize("kind", ["muon", "soap", "adafactor", "sm3"])
+def test_a_stack_of_experts_trains_and_muon_takes_each_matrix_by_itself(kind):
+    torch.manual_seed(0)
+    start = torch.randn(9, 4, 6)
+    gradients = torch.randn(3, 9, 4, 6)
+    config = member_config(kind, {"weight_decay": 0.1})
+    # As nine matrices of a block, and as one stack.
+    apart = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(9))})
+    stacked = Stack()
+    with torch.no_grad():
+        stacked.layers[0].mlp.experts.up.copy_(start)
+        for layer, matrix in zip(apart["layers"], start, strict=True):
+            layer.weight.copy_(matrix)
+    updaters = [Updater(model, Rules(config)) for model in (apart, stacked)]
+    for gradient in gradients:
+        stacked.layers[0].mlp.experts.up.grad = gradient.clone()
+        for layer, part in zip(apart["layers"], gradient, strict=True):
+            layer.weight.grad = part.clone()
+        for updater in updaters:
+            updater.step(1e-2)
+    found = stacked.layers[0].mlp.experts.up
+    assert (found - start).abs().max() > 1e-3
+    alike = all(
+        torch.allclose(found[e], layer.weight, atol=1e-6) for e, layer in enumerate(apart["layers"])
+    )
+    # The others treat a stack as they treat a vector: with moments of its own shape.
+    assert alike is (kind == "muon")
+
+
+class Stack(nn.Module):
+    """A stack of matrices under the name that experts have."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Module()
+        layer.mlp = nn.Module()
+        layer.mlp.experts = nn.Module()
+        layer.mlp.experts.up = nn.Parameter(torch.empty(9, 4, 6))
+        self.layers = nn.ModuleList([layer])

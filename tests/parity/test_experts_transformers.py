@@ -1,9 +1,12 @@
 """Mixtures of experts beside transformers' Mixtral and OLMoE: logits and gradients in fp32."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from castalia.experts.ledger import read_loads
 from castalia.models import Decoder
 from castalia.models.families import FAMILIES
 
@@ -104,3 +107,30 @@ def test_logits_and_gradients_are_those_of_transformers(kind):
         difference = (parameter.grad - theirs(gradients, name)).abs().max()
         assert difference <= 1e-5, f"{name}: {difference}"
         assert parameter.grad.abs().max() > 1e-5, f"{name} has hardly a gradient"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
+def test_the_balance_loss_and_its_gradients_are_those_of_transformers(kind):
+    model, other = twins(kind)
+    tokens = torch.randint(97, (3, 20))
+    # Theirs mixes the layers before it multiplies, and takes all tokens as one group: one layer at
+    # a time, and one row. It counts each of two choices as a whole: twice ours.
+    module = sys.modules[type(other).__module__]
+    reference = other(tokens[:1])
+    expected = sum(
+        module.load_balancing_loss_func((logits,), num_experts=4, top_k=2) / 2
+        for logits in reference.router_logits
+    )
+    assert model.ledger is not None
+    scale = 3.0
+    model.ledger.scale = scale / model.config.moe.balance_loss
+    (model(tokens[:1]) * 0).sum().backward()
+    (expected * scale).backward()
+    loads = read_loads(model.ledger, model.ledger.take(torch.device("cpu")).tolist())
+    assert sum(load.balance for load in loads) == pytest.approx(expected.item(), abs=1e-5)
+    gradients = {name: p.grad for name, p in other.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            difference = (parameter.grad - theirs(gradients, name)).abs().max()
+            assert difference <= 1e-5, f"{name}: {difference}"
+            assert parameter.grad.abs().max() > 1e-4, f"{name} has hardly a gradient"

@@ -25,6 +25,9 @@ UNIT = 16
 """Numbers that the products of fp8 take together: both sizes of a layer must be divisible by it."""
 CAPABILITY = (8, 9)
 """Compute capability from which a GPU multiplies fp8: Ada."""
+NARROW = ("*.mlp.shared_gate", "*.mlp.mix")
+"""Layers beside experts with one or two outputs. Routers and experts are no linear layers, so that
+they stay in bf16 as well."""
 EXTRA = "optim"
 
 
@@ -132,7 +135,7 @@ def fp8_layers(model: "nn.Module", config: Fp8Config) -> "Iterator[tuple[str, nn
     Raises  ConfigError if a layer's sizes do not divide.
     """
     for name, layer in linears_of(model):
-        if any(fnmatchcase(name, pattern) for pattern in config.skip):
+        if any(fnmatchcase(name, pattern) for pattern in (*NARROW, *config.skip)):
             continue
         if layer.in_features % UNIT or layer.out_features % UNIT:
             place = name.split(".", 2)[-1]

@@ -111,10 +111,5 @@ def expert_problems(config: "TransformerConfig") -> Iterator[str]:
             f"moe.router=sinkhorn balances by itself, and moe.bias_rate {moe.bias_rate} would"
             " balance a second time; set moe.bias_rate=0, or moe.router=topk"
         )
-    if moe.normalize and moe.top_k == 1 and moe.capacity_factor is None:
-        yield (
-            "moe.normalize makes the weight of the only expert of moe.top_k=1 always 1, so that its"
-            " router would not learn; set moe.normalize=false"
-        )
     if not config.expert_layers:
         yield "moe is set, and no layer is attention; add attention to pattern, or remove moe"

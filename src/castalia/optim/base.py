@@ -23,7 +23,8 @@ class Weight(NamedTuple):
     name: str
     shape: tuple[int, ...]
     hidden: bool
-    """A matrix of a block: neither an embedding, nor the head, nor a vector."""
+    """A matrix of a block, or a stack of those of its experts: neither an embedding, nor the head,
+    nor a vector."""
 
 
 Shape = tuple[int, ...] | None

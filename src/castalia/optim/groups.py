@@ -12,6 +12,8 @@ from castalia.optim.widths import WidthRule
 
 BLOCKS = "layers."
 """Begin of the names of the parameters in a model's blocks."""
+STACKS = "layers.*.mlp.experts.*"
+"""Names of the stacks of experts' matrices, each of which is a matrix of a block by itself."""
 
 
 class UpdateRule(NamedTuple):
@@ -73,7 +75,8 @@ class Rules:
     def weight(self, name: str, shape: Sequence[int]) -> Weight:
         """The parameter `name` of the whole shape `shape`, as the rules of the state see it."""
         # What the family exempts from decay is no matrix product, whatever its shape.
-        hidden = name.startswith(BLOCKS) and len(shape) == 2 and not matches(name, self.no_decay)
+        matrices = len(shape) == 2 or (len(shape) == 3 and fnmatchcase(name, STACKS))
+        hidden = name.startswith(BLOCKS) and matrices and not matches(name, self.no_decay)
         return Weight(name, tuple(shape), hidden)
 
     def config_of(self, kind: str) -> OptimConfig:

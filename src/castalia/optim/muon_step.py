@@ -30,22 +30,37 @@ class MuonStep(Walk):
     def update_matrices(
         self, group: dict[str, Any], shape: tuple[int, ...], slots: Sequence[Slot]
     ) -> None:
-        """Matrices of one shape, in a single batch of products."""
+        """Matrices of one shape, in batches of products."""
         wholes = [slot.layout.gather(self.momentum(slot, group)) for slot in slots]
+        if len(shape) == 3:
+            # A stack of experts, each a matrix by itself.
+            for slot, whole in zip(slots, wholes, strict=True):
+                parts = [self.directions(part, group) for part in whole.split(AT_ONCE)]
+                move(slot, torch.cat(parts), group)
+            return
         # A few at a time: the iterations keep four copies.
         for begin in range(0, len(slots), AT_ONCE):
-            batch = torch.stack(wholes[begin : begin + AT_ONCE]).to(arithmetic(group, wholes[0]))
-            directions = orthogonalized(batch, group["ns_steps"]).to(wholes[0].dtype)
+            directions = self.directions(torch.stack(wholes[begin : begin + AT_ONCE]), group)
             for slot, direction in zip(slots[begin : begin + AT_ONCE], directions, strict=True):
-                slot.weight.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * scale_of(group["scale"], shape)
-                for box, part in slot.layout.parts(slot.weight):
-                    part.add_(direction[box.slices], alpha=-rate)
+                move(slot, direction, group)
+
+    def directions(self, batch: Tensor, group: dict[str, Any]) -> Tensor:
+        """The orthogonal matrices near those of a batch, (N, R, C) -> (N, R, C)."""
+        near = orthogonalized(batch.to(arithmetic(group, batch)), group["ns_steps"])
+        return near.to(batch.dtype)
 
     def momentum(self, slot: Slot, group: dict[str, Any]) -> Tensor:
         """The local momentum after this gradient, or what it will be after another like it."""
         buffer = slot.state["momentum_buffer"].lerp_(slot.gradient, 1 - group["momentum"])
         return slot.gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+
+def move(slot: Slot, direction: Tensor, group: dict[str, Any]) -> None:
+    """Decay what is here of a matrix, or of a stack, and step along the whole direction."""
+    slot.weight.mul_(1 - group["lr"] * group["weight_decay"])
+    rate = group["lr"] * scale_of(group["scale"], slot.layout.shape[-2:])
+    for box, part in slot.layout.parts(slot.weight):
+        part.add_(direction[box.slices], alpha=-rate)
 
 
 AT_ONCE = 8
