@@ -100,11 +100,12 @@ def wkv7(
     written = k_writes @ v
     states = []
     removed = []
-    for c in range(r.shape[2]):
+    # Taken apart once: the gradient of an index into all chunks is a tensor of all chunks.
+    parts = (x.unbind(2) for x in (own, of_state, b_writes, written, keeps))
+    for own_c, of_state_c, b_writes_c, written_c, keep in zip(*parts, strict=True):
         states.append(state_BHNN)
-        removed.append(own[:, :, c] + of_state[:, :, c] @ state_BHNN)
-        new = b_writes[:, :, c] @ removed[c] + written[:, :, c]
-        state_BHNN = keeps[:, :, c] * state_BHNN + new
+        removed.append(own_c + of_state_c @ state_BHNN)
+        state_BHNN = keep * state_BHNN + b_writes_c @ removed[-1] + written_c
     out = r_k @ v + r_b @ torch.stack(removed, 2) + r_reads @ torch.stack(states, 2)
     return out_of_chunks(out, T), state_BHNN
 
