@@ -12,6 +12,7 @@ from castalia.checkpoint.hf import read_hf, write_hf
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.cost.divisibility import layout_problems
 from castalia.distributed import ParallelConfig
+from castalia.inference.torch_engine import TorchEngine
 from castalia.models import (
     Decoder,
     build_model_config,
@@ -22,6 +23,8 @@ from castalia.models import (
 from castalia.models.init import start_weights
 from castalia.models.state import RecurrentState
 from castalia.optim import AdamWConfig, Rules
+from castalia.recipes import load_config
+from castalia.train.precision import gather_policy
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "vocab_size": 61}
 MODELS: dict[str, dict[str, Any]] = {
@@ -82,6 +85,30 @@ def test_a_state_continues_a_row_and_does_not_grow(name: str) -> None:
                 assert isinstance(layer, RecurrentState)
                 assert {n: t.shape for n, t in layer.kept.items()} == before
     assert not state.rewinds
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_continues_texts_of_several_lengths(name: str) -> None:
+    engine = TorchEngine(make(name))
+    slots = engine.slots(3, 16)
+    assert not slots.rewinds
+    texts = [[3, 4, 5], [7], [1, 2, 9, 4, 5, 6, 0]]
+    logits = slots.feed([0, 1, 2], texts)
+    for ids, found in zip(texts, logits, strict=True):
+        assert (found - engine.logits(ids)[-1]).abs().max() <= 1e-5
+    # A copy goes on by itself, and the tokens of one slot change no other.
+    slots.copy(0, 1, 3)
+    again = slots.feed([1, 0, 2], [[8], [9], [10]])
+    for ids, found in zip(([3, 4, 5, 8], [3, 4, 5, 9], [*texts[2], 10]), again, strict=True):
+        assert (found - engine.logits(ids)[-1]).abs().max() <= 1e-5
+
+
+def test_ranks_gather_the_decays_in_fp32() -> None:
+    words = ["precision=bf16", "model.max_position_embeddings=64"]
+    policies = [gather_policy(load_config([name, *words])) for name in ("debug", "debug-mamba")]
+    assert [policy.param_dtype for policy in policies] == [torch.bfloat16, None]
+    works = [load_config([name, *words]).workload for name in ("debug", "debug-mamba2")]
+    assert [work.gathers_narrow for work in works] == [True, False]
 
 
 @pytest.mark.parametrize("name", MODELS)

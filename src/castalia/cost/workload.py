@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from castalia.distributed.config import ParallelConfig
+from castalia.models.families import family_of
 from castalia.models.model_config import ModelConfig
 
 
@@ -57,4 +58,5 @@ class Workload(NamedTuple):
     @property
     def gathers_narrow(self) -> bool:
         """Whether ranks gather weights in bf16."""
-        return self.precision in ("bf16", "fp8") and self.parallel.gather == "auto"
+        narrow = self.precision in ("bf16", "fp8") and self.parallel.gather == "auto"
+        return narrow and not family_of(self.model).needs_exact(self.model)

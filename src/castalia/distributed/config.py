@@ -75,7 +75,7 @@ class ParallelConfig(Config):
     equal part of them, and tokens travel to the ranks of their experts."""
     gather: Literal["auto", "fp32"] = "auto"
     """Dtype in which ranks gather sharded fp32 weights for a pass: auto is bf16 under precision
-    bf16 and fp8, else fp32."""
+    bf16 and fp8, else fp32; of models with layers of Mamba always fp32, as their decays need."""
     reshard_after_forward: bool = True
     """Drop gathered weights after each block's forward (ZeRO 3); false keeps them until the
     backward (ZeRO 2). Zero-bubble schedules always keep them: they use a block's weights twice."""

@@ -7,6 +7,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from castalia.distributed import World
+from castalia.models import family_of
 from castalia.optim.masters import Storage
 from castalia.runs.config import RunConfig
 from castalia.runs.precision_config import HALF
@@ -44,6 +45,7 @@ def gather_policy(config: RunConfig) -> MixedPrecisionPolicy:
     Inputs are never cast: the residual stream between the blocks stays in fp32.
     """
     gathers = config.precision in HALF and config.parallel.gather == "auto"
+    gathers &= not family_of(config.model).needs_exact(config.model)
     # With masters the passes read bf16 weights on one rank, so they do on several.
     gathers |= config.train.parameters != "fp32"
     if not gathers and config.train.gradients == "fp32":

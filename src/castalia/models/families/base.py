@@ -94,6 +94,10 @@ class Family(ABC):
         """`rewinds`, of a model whose layers are of several kinds."""
         return self.rewinds
 
+    def needs_exact(self, config: Any) -> bool:
+        """Whether a pass needs the parameters in fp32; see `BlockKind.exact`."""
+        return False
+
     def can_split_rows(self, config: Any) -> bool:
         """`splits_rows`, of a model whose layers are of several kinds."""
         return self.splits_rows

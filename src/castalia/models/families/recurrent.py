@@ -64,6 +64,10 @@ class Recurrent(Family):
         """The kind's."""
         return self.kind.carries(config)
 
+    def needs_exact(self, config: Any) -> bool:
+        """As the kind."""
+        return self.kind.exact
+
     def block(self, config: RecurrentConfig, layer: int) -> "Block":
         """A block of the kind."""
         return self.kind.block(config, layer)

@@ -55,6 +55,10 @@ class Transformer(Family):
         """The most of any kind of layer: one kind at most carries anything."""
         return max((KINDS[kind].carries(config) for kind in config.block_kinds), default=0)
 
+    def needs_exact(self, config: TransformerConfig) -> bool:
+        """If layers of any kind do."""
+        return any(KINDS[kind].exact for kind in config.block_kinds)
+
     def block(self, config: TransformerConfig, layer: int) -> "Block":
         """A block of the layer's kind, and of its kind of attention."""
         from castalia.models.parts.transformer import TransformerBlock

@@ -31,6 +31,9 @@ class BlockKind(ABC):
     """Whether a state can be cut back to a prefix; see castalia.models.state."""
     splits_rows: bool = False
     """Whether ranks may share a row; see `Family`."""
+    exact: bool = False
+    """Whether a pass needs its parameters in fp32: a decay that is rounded to bf16 forgets at
+    another rate."""
     depends_on_length: bool = False
     """Whether max_position_embeddings is the size of a weight."""
 

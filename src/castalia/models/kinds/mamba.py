@@ -20,6 +20,7 @@ class Mamba(BlockKind):
     """One layer of Mamba: norm, mixer, residual."""
 
     name = "mamba"
+    exact = True
     no_decay = ("*.ssm.A_log", "*.ssm.D")
     hidden = ("*.mixer.x.weight", "*.mixer.z.weight", "*.mixer.out.weight")
 

@@ -17,6 +17,7 @@ class Mamba2(BlockKind):
     """One layer of Mamba 2: norm, mixer, residual."""
 
     name = "mamba2"
+    exact = True
     no_decay = ("*.ssm.A_log", "*.ssm.D")
     hidden = tuple(f"*.mixer.{name}.weight" for name in ("x", "z", "out"))
 
