@@ -211,17 +211,17 @@ def print_cost(
 
 def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
     """Name and text of each line of the table."""
+    from castalia.models.flops import parameters_text
     from castalia.monitor.display import quantity, size_text
 
     train = resolved.config.train
     per_step = resolved.config.tokens_per_step
     rows = train.batch_size * resolved.config.rows_per_place
-    total = cost.parameters.total
     where = "one process"
     if cost.processes > 1:
         where = f"one of {cost.processes} processes"
     lines = {
-        "parameters": f"{total:,} ({cost.parameters.non_embedding:,} non-embedding)",
+        "parameters": parameters_text(resolved.config.model),
         "tokens": f"{cost.tokens:,} ({quantity(cost.tokens)})",
         "steps": f"{train.steps:,} of {rows:,} rows = {per_step:,} tokens",
         "FLOPs": f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)",

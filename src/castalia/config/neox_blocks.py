@@ -12,6 +12,8 @@ OWN = {
     "amlp": ("gmlp_attn_dim",),
 }
 """Kind of layer -> the options that only such layers read."""
+RWKV_EPSILON = 1e-5
+"""Of the norms in RWKV's layers, torch's default, whatever the file says."""
 IN_SCORES = ("rotary", "alibi", "rpe")
 """Positions that enter in attention alone; the others are added to the embedding."""
 NAMES = {"mamba": "Mamba", "rwkv6": "RWKV", "gmlp": "gMLP", "amlp": "aMLP"}
@@ -61,6 +63,13 @@ def blocks(o: NeoxOptions, out: NeoxReading) -> None:
         gmlp(o, out)
     if "amlp" in pattern:
         o.put(out, "model.gmlp.attention_size", o["gmlp_attn_dim"], "gmlp_attn_dim")
+    if o["model_parallel_size"] > 1 and {"mamba", "gmlp", "amlp"} & set(pattern):
+        note(
+            out,
+            "ranks of parallel.tp compute one layer together; GPT-NeoX's model_parallel_size gives"
+            " each rank selections and norms of its own channels, which is another model",
+            "parallel.tp",
+        )
     if o.complete and not has_attention(o):
         without_attention(o, out, pattern)
 
@@ -77,6 +86,13 @@ def mamba(o: NeoxOptions, out: NeoxReading) -> None:
         o.put(out, "model.mamba.inner_size", width, *names)
     o.put(out, "model.mamba.conv_bias", o["mamba_use_bias_in_conv"], OWN["mamba"][0])
     o.put(out, "model.mamba.bias", o["mamba_use_bias_in_linears"], OWN["mamba"][1])
+    if o["mamba_use_bias_in_linears"]:
+        note(
+            out,
+            "mamba_use_bias_in_linears gives biases to the projections into and out of a layer;"
+            " GPT-NeoX has one of the time steps and selections as well",
+            "model.mamba.bias",
+        )
 
 
 def own_width(o: NeoxOptions, factor: float) -> int | None:
@@ -113,6 +129,14 @@ def rwkv(o: NeoxOptions, out: NeoxReading) -> None:
     if width is not None:
         names = ("intermediate_size", "expansion_factor")
         o.put(out, "model.rwkv6.ffn_size", width // 32 * 32, *names)
+    epsilon = out.values.get("model", {}).get("layernorm_epsilon", RWKV_EPSILON)
+    if epsilon != RWKV_EPSILON:
+        note(
+            out,
+            f"RWKV's norms have the epsilon {epsilon:g} of the others; GPT-NeoX's have"
+            f" {RWKV_EPSILON:g}, as model.layernorm_epsilon={RWKV_EPSILON:g}",
+            "model.layernorm_epsilon",
+        )
 
 
 def gmlp(o: NeoxOptions, out: NeoxReading) -> None:

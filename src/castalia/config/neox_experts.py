@@ -244,7 +244,8 @@ def deepspeed(o: NeoxOptions, out: NeoxReading) -> None:
             " which mixes an MLP for all tokens with the experts",
             "model.moe.residual",
         )
-    if o["moe_top_k"] == 2:
+    # With a capacity it is drawn here, too.
+    if o["moe_top_k"] == 2 and not o["moe_token_dropping"]:
         note(
             out,
             "moe_top_k 2 takes the two experts with the greatest scores; DeepSpeed draws the second"

@@ -56,6 +56,16 @@ def active_parameters(config: ModelConfig) -> int:
     return total - sum(costs.parameters - costs.active for costs in layer_costs(config))
 
 
+def parameters_text(config: ModelConfig) -> str:
+    """The numbers of parameters for people; the active ones only where they are fewer."""
+    counts = parameter_counts(config)
+    active = active_parameters(config)
+    text = f"{counts.total:,} ({counts.non_embedding:,} non-embedding"
+    if active < counts.total:
+        text += f", {active:,} active"
+    return f"{text})"
+
+
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """FLOPs of one training token, forward and backward: 6 N + 12 L d T for a transformer.
 

@@ -18,8 +18,17 @@ ZOO: dict[str, dict[str, Any]] = {
         "preset": "debug-moe",
         "model": {"num_kv_heads": None, "intermediate_size": 172},
     },
-    # Two layers have as many parameters as one of a transformer.
+    # Two layers have about as many parameters as one of a transformer.
     "mamba": {"preset": "debug-mamba", "model": {"num_layers": 7, "tie_word_embeddings": False}},
+    "mamba2": {
+        "preset": "debug-mamba2",
+        "model": {
+            "num_layers": 7,
+            "tie_word_embeddings": False,
+            "mamba2": {"state_size": 64, "head_size": 32, "chunk_size": 32},
+        },
+    },
+    "rwkv7": {"preset": "debug-rwkv", "model": {"rwkv7": {"head_size": 32, "ffn_size": 392}}},
 }
 """Kinds of models with equally many parameters at work on a token, embeddings aside."""
 BUILTIN: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from castalia.data import RunRows
 from castalia.data.curriculum import Curriculum
 from castalia.data.pairwise import PairOrder
 from castalia.losses import LOSSES
+from castalia.models.flops import parameters_text
 from castalia.models.fp8 import Fp8Config
 from castalia.monitor import quantity, size_text
 from castalia.runs.config import RunConfig
@@ -115,7 +116,6 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
     """Name and text of each line of the table."""
     # The same estimate as `castalia show`, for the ranks and the device at hand.
     cost = estimate(config.workload, processes=world.size, device=world.device.type)
-    parameters = cost.parameters
     steps = config.train.steps
     per_step = config.tokens_per_step
     disk = f"{size_text(cost.disk.bytes_each)} each, {size_text(cost.disk.bytes_total)} in all"
@@ -128,7 +128,7 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
         batch = f"{first}, growing to {batch}"
     return {
         "run": config.output,
-        "parameters": f"{parameters.total:,} ({parameters.non_embedding:,} non-embedding)",
+        "parameters": parameters_text(config.model),
         "training": f"{steps:,} steps of {per_step:,} tokens = {quantity(cost.tokens)} tokens",
         "batch": f"{batch}, {cost.micro_rows} at a time",
         "processes": f"{world.size} on {world.device.type}, {world.degrees}, {config.precision}",
