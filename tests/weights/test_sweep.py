@@ -97,6 +97,15 @@ def test_a_diverged_tensor_has_numbers_that_say_so():
     assert list(values)[-len(finite) :] == list(finite) == list(statistics.SPECTRUM)
 
 
+def test_the_spectrum_of_experts_is_the_mean_of_theirs() -> None:
+    """And not that of one matrix with a row for each."""
+    stack = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    values = sweep.own_values(stack, spectra=True)
+    norms = torch.linalg.matrix_norm(stack.double(), 2)
+    assert values["spectral_norm"] == pytest.approx(float(norms.mean()))
+    assert sweep.own_values(stack, spectra=False).keys() == {"median"}
+
+
 def test_distances_from_sketches_have_the_error_that_theory_gives():
     generator = torch.Generator().manual_seed(0)
     for count, error in ((1, 0.091), (8, 0.032)):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -233,9 +234,14 @@ def layer_of(name: str) -> int | None:
 
 
 def own_values(tensor: Tensor, spectra: bool) -> dict[str, Any]:
-    """What does not add up over tensors: the median, and the spectrum of a matrix."""
+    """What does not add up over tensors: the median, and the spectrum of a matrix; of a stack of
+    matrices, such as experts, the mean over the spectra of all."""
     values: dict[str, Any] = {"median": float(tensor.float().median())}
-    if spectra and tensor.dim() > 1:
+    if spectra and tensor.dim() == 3:
+        # Side by side they would be one matrix of as many rows as there are experts.
+        each = [spectrum(matrix) for matrix in tensor]
+        values |= {name: fmean(one[name] for one in each) for name in each[0]}
+    elif spectra and tensor.dim() > 1:
         values |= spectrum(tensor)
     return values
 
