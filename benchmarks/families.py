@@ -28,7 +28,14 @@ from typing import Any
 
 import torch
 from families_engines import WEIGHTS
-from families_shapes import PEERS, SHAPES, SMALL_BATCHES, VOCABULARY, model_values
+from families_shapes import (
+    LONGEST_CONTEXT,
+    PEERS,
+    SHAPES,
+    SMALL_BATCHES,
+    VOCABULARY,
+    model_values,
+)
 from machine import describe, in_turn, matrix_rate, ratio, summary
 from safetensors.torch import save_file
 from worker import Worker
@@ -106,7 +113,9 @@ def run_case(
     family: str, folder: Path, precisions: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """All sides of one family, in turn."""
-    longest = max([options.seq, *(length + options.new + 1 for length in options.contexts)])
+    most = LONGEST_CONTEXT.get(family, max(options.contexts, default=0))
+    contexts = [length for length in options.contexts if length <= most]
+    longest = max([options.seq, *(length + options.new + 1 for length in contexts)])
     config = build_model_config(model_values(family, longest), "a benchmark")
     names = ("castalia", *PEERS.get(family, ("transformers",)))
     write_weights(folder, config, "transformers" in names)
@@ -118,7 +127,7 @@ def run_case(
         "rows": rows,
         "seq": seq,
         "whole": [options.rows, options.seq],
-        "contexts": options.contexts,
+        "contexts": contexts,
         "new": options.new,
         "same_allocator": options.same_allocator,
     }
@@ -136,7 +145,7 @@ def run_case(
     if "training" in options.parts:
         result |= training(workers, precisions, rows * seq, options)
         result["whole_batch"] = whole_batch(workers["castalia"], precisions, options)
-    result["decoding"] = {length: decoding(workers, length) for length in options.contexts}
+    result["decoding"] = {length: decoding(workers, length) for length in contexts}
     for worker in workers.values():
         worker.tell("stop")
         worker.process.wait()

@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mamba2": COMMON | {"family": "mamba2", "num_layers": 12},
     "rwkv6": COMMON | {"family": "rwkv6", "num_layers": 6},
     "rwkv7": COMMON | {"family": "rwkv7", "num_layers": 6},
-    "gmlp": ATTENTION | {"family": "gmlp"},
+    "gmlp": COMMON | {"family": "gmlp", "num_layers": 6},
 }
 """Config of the model of each case."""
 PEERS: dict[str, tuple[str, ...]] = {
@@ -40,6 +40,8 @@ PEERS: dict[str, tuple[str, ...]] = {
     "gmlp": (),
 }
 """Sides beside Castalia's, the one that ratios are taken of first; others have transformers."""
+LONGEST_CONTEXT = {"gmlp": 512}
+"""Most tokens of a prompt, where a layer has a weight for each pair of positions."""
 SMALL_BATCHES = {"mamba": (1, 128)}
 """Rows and tokens where the common batch would take minutes: the backward of transformers' Mamba
 writes a tensor of all tokens for each token."""
