@@ -2,6 +2,7 @@
 one sentence for each fault."""
 
 import importlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -87,6 +88,11 @@ def test_a_file_is_the_model_both_ways(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.head(model(torch.tensor([IDS])))[0]
     assert (torch.as_tensor(logits) - expected).abs().max() <= 1e-5
+    # As `castalia export --to rwkv` leaves it.
+    record = {"to": "rwkv", "numbers": "fp32", "model": model.config.model_dump(mode="json")}
+    (tmp_path / "export.json").write_text(json.dumps(record))
+    again = castalia.load(tmp_path).logits(IDS)
+    assert torch.equal(torch.as_tensor(again), torch.as_tensor(logits))
     assert open_model(write(model, path, torch.bfloat16)).tensors["norm.bias"].dtype == (
         torch.bfloat16
     )

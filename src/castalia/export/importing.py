@@ -88,9 +88,10 @@ def import_model(
     """Write the model at `path` as a folder that takes the place of a run everywhere.
 
     Takes   path: a Hugging Face folder or OWNER/NAME of its hub, a GPT-NeoX checkpoint, a LLaMA
-            folder of Meta's, or a GGUF file of floats. configs: GPT-NeoX's YAML files, where they
-            are not with the checkpoint. tokenizer: as load_tokenizer takes it, where none is with
-            the model. dtype: fp32, bf16 or fp16; by default the weights keep theirs, bit for bit.
+            folder of Meta's, a GGUF file of floats, or RWKV's .pth file. configs: GPT-NeoX's YAML
+            files, where they are not with the checkpoint. tokenizer: as load_tokenizer takes it,
+            where none is with the model. dtype: fp32, bf16 or fp16; by default the weights keep
+            theirs, bit for bit.
             force: replace an earlier import whose folder holds nothing else. certificate: whether
             both ends compute fixed prompts, a Hugging Face folder in transformers where that is
             installed. max_difference: an import whose logits differ by more is not written.

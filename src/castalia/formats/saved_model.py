@@ -85,8 +85,8 @@ def open_model(
 ) -> SavedModel:
     """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder,
     OWNER/NAME of the hub, or a model of another trainer (see foreign.py): a GPT-NeoX checkpoint, a
-    LLaMA folder of Meta's, a GGUF file; or an adapter in a folder of PEFT, with the base that it
-    names.
+    LLaMA folder of Meta's, a GGUF file, RWKV's .pth; or an adapter in a folder of PEFT, with the
+    base that it names.
 
     Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the
     file.

@@ -14,7 +14,7 @@ from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 RECORD = "export.json"
 """File with the origin, the config and the file hashes of an export."""
-CHECKPOINTS = ("hf", "neox", "peft")
+CHECKPOINTS = ("hf", "neox", "peft", "rwkv")
 """Formats of exports that are read like a checkpoint, on any engine."""
 GGUF_FILE = "model.gguf"
 """Name of llama.cpp's file in an export folder."""
@@ -41,8 +41,8 @@ class ExportFolder:
 def open_export(path: Path) -> ExportFolder | None:
     """The export at `path`, a folder or its .gguf file; None if `path` is something else.
 
-    An export that is a checkpoint like any other (hf, neox) is None too, and so is a GGUF file that
-    another program wrote.
+    An export that is a checkpoint like any other (hf, neox, rwkv) is None too, and so is a GGUF
+    file that another program wrote.
     Raises  CheckpointError if the record is damaged.
     """
     folder = path.parent if path.suffix == ".gguf" else path

@@ -37,7 +37,7 @@ def load(
             weights and tokenizer;
             such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; a GPT-NeoX checkpoint
             (`save` or its global_stepN) with its YAML files; a LLaMA folder of Meta's; a GGUF file
-            of floats; an export to native, ct2 or gguf.
+            of floats; a .pth file of RWKV; an export to native, ct2 or gguf.
     Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a
             checkpoint it takes native for dtype=int8, int4 and auto, else torch.
             dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and

@@ -65,8 +65,8 @@ class ModelConfig(Config):
     a narrow model: maximal update parametrization; null is the standard one."""
     start: Annotated[str | None, AT_RESUME] = None
     """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, OWNER/NAME
-    of its hub, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats; null draws
-    them."""
+    of its hub, a GPT-NeoX checkpoint, Meta's LLaMA folder, a GGUF file of floats, or RWKV's .pth
+    file; null draws them."""
     start_missing: Annotated[tuple[str, ...], AT_RESUME] = ()
     """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
     start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None

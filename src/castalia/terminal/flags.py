@@ -45,7 +45,8 @@ Checkpoint = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder, OWNER/NAME of its"
-        " hub, an export, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats.",
+        " hub, an export, a GPT-NeoX checkpoint, Meta's LLaMA folder, a GGUF file of floats, or"
+        " RWKV's .pth.",
     ),
 ]
 TokenizerFile = Annotated[
