@@ -33,6 +33,7 @@ class Rwkv6Kind(BlockKind):
     name = "rwkv6"
     no_decay = NO_DECAY
     hidden = HIDDEN
+    exact = True
 
     def block(self, config: Any, layer: int) -> "Block":
         """See `BlockKind`."""

@@ -31,6 +31,7 @@ class Rwkv7Kind(BlockKind):
     name = "rwkv7"
     no_decay = NO_DECAY
     hidden = HIDDEN
+    exact = True
 
     def carries(self, config: Any) -> int:
         """The values of the first layer, which all later ones mix with theirs."""
