@@ -18,6 +18,7 @@ from castalia.models import (
 )
 from castalia.models.init import init_parameter
 from castalia.models.kinds import KINDS
+from castalia.models.parts.dropout import row_draws
 from castalia.models.state import RecurrentState
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -122,6 +123,17 @@ def test_a_layer_is_what_it_is_in_a_model_of_its_kind_alone(number: int) -> None
             for patterns in (family.no_decay, ("*bias", "*norm*.weight", *own))
         ]
         assert decays[0] == decays[1], name
+
+
+def test_dropout_reaches_what_every_kind_adds() -> None:
+    model = make(hidden_dropout=0.5)
+    context = model.context(TOKENS, None, None, None)
+    drawing = model.drawing(context, row_draws(1, 1, torch.arange(2)))
+    assert drawing.draws is not None
+    x = model.embed(TOKENS)
+    for layer, block in enumerate(model.layers):
+        dropped = block(x, drawing._replace(draws=drawing.draws.at(layer)))
+        assert not torch.equal(dropped, block(x, context)), ALL[layer]
 
 
 def test_what_recurrent_layers_remember_does_not_grow() -> None:

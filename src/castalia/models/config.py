@@ -99,8 +99,8 @@ class TransformerConfig(BlocksConfig):
     """Blocks of keys that layers of sparse attention see; null means the defaults of the section.
     Source  DeepSpeed's sparse attention, whose patterns these are."""
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the numbers that training drops of the embedding and of what attention and MLP add
-    to the residual stream."""
+    """Share of the numbers that training drops of the embedding and of what each part of a layer
+    adds to the residual stream."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the attention probabilities that training drops. Above 0 attention keeps all of
     them, which takes memory with the square of seq_length."""

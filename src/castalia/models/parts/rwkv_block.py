@@ -9,6 +9,7 @@ from torch import Tensor
 from castalia.models.block import Block
 from castalia.models.context import Context
 from castalia.models.model_config import BlocksConfig
+from castalia.models.parts.dropout import ATTENTION_OUT, MLP_OUT, drop_hidden
 from castalia.models.parts.norms import LayerNorm
 from castalia.models.state import LayerState, RecurrentState
 from castalia.recurrent.options import Rwkv6Options, Rwkv7Options
@@ -75,9 +76,10 @@ class Rwkv6Block(RwkvBlock):
         runs_BT = runs_of(context.segments)
         kept = kept_of(context)
         x_BTC = self.entered(x_BTC)
-        x_BTC = x_BTC + self.att(self.norm1(x_BTC), runs_BT, kept)
-        mixed_BTC: Tensor = self.ffn(self.norm2(x_BTC), runs_BT, kept)
-        return x_BTC + mixed_BTC
+        mixed_BTC: Tensor = self.att(self.norm1(x_BTC), runs_BT, kept)
+        x_BTC = x_BTC + drop_hidden(mixed_BTC, context.draws, ATTENTION_OUT)
+        mixed_BTC = self.ffn(self.norm2(x_BTC), runs_BT, kept)
+        return x_BTC + drop_hidden(mixed_BTC, context.draws, MLP_OUT)
 
 
 class Rwkv7Block(RwkvBlock):
@@ -97,6 +99,7 @@ class Rwkv7Block(RwkvBlock):
         kept = kept_of(context)
         x_BTC = self.entered(x_BTC)
         mixed_BTC, values_BTC = self.att(self.norm1(x_BTC), context.carried, runs_BT, kept)
-        x_BTC = x_BTC + mixed_BTC
-        x_BTC = x_BTC + self.ffn(self.norm2(x_BTC), runs_BT, kept)
+        x_BTC = x_BTC + drop_hidden(mixed_BTC, context.draws, ATTENTION_OUT)
+        mixed_BTC = self.ffn(self.norm2(x_BTC), runs_BT, kept)
+        x_BTC = x_BTC + drop_hidden(mixed_BTC, context.draws, MLP_OUT)
         return torch.cat([x_BTC, values_BTC], -1) if self.hands_on else x_BTC

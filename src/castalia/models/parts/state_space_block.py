@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from castalia.models.block import Block
 from castalia.models.context import Context
 from castalia.models.model_config import BlocksConfig
+from castalia.models.parts.dropout import MLP_OUT, drop_hidden
 from castalia.models.parts.norms import make_norm
 from castalia.models.state import RecurrentState
 from castalia.recurrent.held import ChannelShare
@@ -52,7 +53,7 @@ class StateSpaceBlock(Block):
             kept = context.state.kept
         mixer = cast(Mixer, self.mixer)
         mixed_BTC = mixer(self.norm(x_BTC), context.segments, kept, context.heads)
-        return x_BTC + mixed_BTC
+        return x_BTC + drop_hidden(mixed_BTC, context.draws, MLP_OUT)
 
     def new_state(
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
