@@ -2,7 +2,7 @@
 
     python -m tests.distributed.expert_ranks FOLDER
 
-Writes `exchange.json` and the checkpoints `ep-0` to `ep-3` into FOLDER.
+Writes `exchange-RANK.json` and the checkpoints `ep-0` to `ep-3` into FOLDER.
 """
 
 import json
@@ -26,6 +26,7 @@ from castalia.optim import Rules
 from castalia.optim.config import member_config
 from castalia.optim.updater import Updater
 from castalia.recipes import load_config
+from castalia.train.precision import gather_policy
 
 RANKS = 4
 COUNTS = [[3, 0, 1, 0], [0, 0, 0, 0], [0, 5, 0, 0], [2, 1, 1, 1]]
@@ -85,6 +86,22 @@ def reshard(folder: Path, everyone: World) -> None:
         store.wait()
 
 
+def routing_dtypes(world: World) -> dict[str, str]:
+    """The dtypes of a router's parameters in a pass for which FSDP2 gathers weights in bf16."""
+    config = load_config([*WORDS, "model.moe.bias_rate=0.001", "precision=bf16"])
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    parallelize(model, world, config.parallel, policy=gather_policy(config))
+    initialize(model, start_weights(config.model, 0))
+    found = {}
+    model.layers[0].mlp.router.register_forward_hook(
+        lambda router, *_: found.update({n: str(p.dtype) for n, p in router.named_parameters()})
+    )
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    return found
+
+
 def one_rank(rank: int, port: int, folder: Path) -> None:
     """Everything, on one rank."""
     join_ranks(rank, RANKS, port)
@@ -92,6 +109,7 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
     group = dist.group.WORLD
     assert group is not None
     found = {str(dtype): exchanged(group, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found["dtypes"] = routing_dtypes(world)
     (folder / f"exchange-{rank}.json").write_text(json.dumps(found))
     reshard(folder, world)
     world.close()

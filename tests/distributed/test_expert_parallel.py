@@ -47,6 +47,12 @@ def test_tokens_go_to_their_experts_and_back(folder, dtype):
     )
 
 
+def test_biases_of_the_balance_stay_fp32_where_weights_are_gathered_in_bf16(folder):
+    for rank in range(RANKS):
+        found = json.loads((folder / f"exchange-{rank}.json").read_text())["dtypes"]
+        assert found == {"weight": "torch.bfloat16", "bias": "torch.float32"}
+
+
 def test_checkpoints_move_over_ep_bit_for_bit(folder):
     first, *others = (
         read(folder / f"ep-{number}" / step_name(0), prefix="") for number in range(len(CHAIN))

@@ -57,7 +57,9 @@ class Broken(Hook):
         self.dropped = 0.0
 
     def after_step(self, step) -> None:
-        self.lines.append({"step": step.number} | {key: step.metrics[key] for key in EXACT})
+        # Also what the experts of the step did.
+        keys = [key for key in step.metrics if key in EXACT or key.startswith("moe/")]
+        self.lines.append({"step": step.number} | {key: step.metrics[key] for key in keys})
         self.dropped += step.metrics.get("moe/dropped", 0.0)
         if step.number == self.after:
             raise PowerCut
@@ -79,6 +81,8 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(kind, tokens, tmp_path):
     again = Broken()
     trainer_of(kind, tokens, tmp_path / "broken", again).fit()
     assert [line["step"] for line in again.lines] == [3, 4]
+    assert all(key in line for line in again.lines for key in EXACT)
+    assert ("moe/layers" in again.lines[0]) == kind.startswith("experts")
     assert again.lines == whole.lines[2:]
     require_equal(tmp_path / "broken", tmp_path / "whole", kind)
 

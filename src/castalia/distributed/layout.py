@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     HSDPMeshInfo,
     ShardPlacementResult,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from castalia.distributed.boxes import local_boxes
 from castalia.distributed.config import ParallelConfig
@@ -27,6 +27,7 @@ from castalia.distributed.expert_parallel import shard_dim, share_experts
 from castalia.distributed.tensor_parallel import split_matrices
 from castalia.distributed.world import World
 from castalia.experts.layer import Experts
+from castalia.experts.router import Router
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,6 +88,7 @@ def shard(
     reshard = config.reshard_after_forward and not config.splits_backward
     mesh = data_mesh(world.mesh, config, "dp_shard")
     placement = expert_placement(model, world, config)
+    biases = keep_biases_whole(model, world.mesh)
     for layer in layers:
         fully_shard(
             layer,
@@ -94,11 +96,33 @@ def shard(
             reshard_after_forward=reshard,
             shard_placement_fn=placement,
             mp_policy=policy,
+            ignored_params=biases,
         )
     # The loss uses the head outside the model's own forward, so the root keeps its weights
     # gathered until the backward.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(
+        model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=biases
+    )
     sum_gradients(model)
+
+
+def keep_biases_whole(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """The biases of loss-free balancing, as copies on all ranks of the stage.
+
+    They move by steps that bf16, in which FSDP2 may gather weights, rounds away.
+    """
+    axes = tuple(axis for axis in mesh.mesh_dim_names or () if axis != "pp")
+    biases = set()
+    for router in model.modules():
+        if not isinstance(router, Router) or router.bias is None:
+            continue
+        # Values come later, as those of all parameters.
+        values = torch.empty(router.bias.shape, device="meta")
+        copies = [Replicate()] * len(axes)
+        whole = distribute_tensor(values, mesh[axes], copies, src_data_rank=None)
+        router.bias = nn.Parameter(whole, requires_grad=False)
+        biases.add(router.bias)
+    return biases
 
 
 def data_mesh(mesh: DeviceMesh, config: ParallelConfig, axis: str) -> DeviceMesh:

@@ -123,7 +123,9 @@ def count(
     if routing.kept is not None:
         dropped = (~routing.kept).sum()
     entropy = torch.special.entr(shares_BTE).sum()
-    # Of a row that ranks share each has its part.
-    plain = torch.tensor([B * T, B / groups.shared], dtype=torch.float64)
-    found = torch.stack([dropped.double(), balance.double(), z.double(), entropy.double()])
-    book.ledger.record(book.layer, counts_E, torch.cat([plain.to(found.device), found]))
+    # Filled there: a copy from the host would wait for the device. Of a row that ranks share each
+    # has its part.
+    tokens = entropy.new_full((), B * T)
+    rows = entropy.new_full((), B / groups.shared)
+    sums = torch.stack([tokens, rows, dropped, balance, z, entropy]).double()
+    book.ledger.record(book.layer, counts_E, sums)
