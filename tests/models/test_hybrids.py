@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from castalia.inference.torch_engine import UnpaddedSlots
 from castalia.models import (
     FAMILIES,
     Decoder,
@@ -170,6 +171,20 @@ def test_rows_of_a_state_are_taken_put_back_and_copied() -> None:
         rest = model(tokens, state=state)
         assert (rest - expected[[1, 1, 0], 5:]).abs().max() < 5e-5
         assert state.lengths.tolist() == [11, 11, 11]
+
+
+def test_slots_are_read_in_any_order() -> None:
+    model = make()
+    with torch.inference_mode():
+        expected = model.head(model(TOKENS))
+    slots = UnpaddedSlots(model, 2, 12, torch.float32)
+    slots.feed([0, 1], [TOKENS[0, :4].tolist(), TOKENS[1, :6].tolist()])
+    for order in ((1, 0), (0, 1)):
+        # All slots out of their order, then all in it.
+        places = [slots.lengths[row] for row in order]
+        tokens = [[int(TOKENS[row, t])] for row, t in zip(order, places, strict=True)]
+        found = slots.feed(order, tokens)
+        assert (found - expected[list(order), places]).abs().max() < 5e-5
 
 
 def test_kinds_are_those_that_a_config_may_name() -> None:

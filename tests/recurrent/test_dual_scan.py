@@ -52,3 +52,21 @@ def test_long_decays_neither_overflow_nor_become_nan() -> None:
     y.sum().backward()
     assert y.isfinite().all()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in parts.values())
+
+
+def test_strong_decays_cost_no_digits() -> None:
+    """In fp32 over a long chunk: sums of thousands, and between them gaps of hundredths."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (1, 256, 1, 2, 3), "B": (1, 256, 1, 4), "C": (1, 256, 1, 4)}
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn = torch.rand(2, 1, 256, 1, 2, generator=generator)
+    parts["dt"] = drawn[0] * torch.where(drawn[1] < 0.2, 5.0, 0.01)
+    parts["A"] = torch.tensor([[-4.0, -16.0]])
+    parts = {name: parts[name].requires_grad_() for name in NAMES}
+    exact = {name: x.detach().double().requires_grad_() for name, x in parts.items()}
+    y, _ = dual_scan(*parts.values(), chunk=256)
+    want, _ = dual_by_token(*exact.values())
+    got = torch.autograd.grad(y.sin().sum(), [parts[n] for n in ("x", "dt", "B", "C")])
+    expected = torch.autograd.grad(want.sin().sum(), [exact[n] for n in ("x", "dt", "B", "C")])
+    for ours, theirs in zip((y, *got), (want, *expected), strict=True):
+        assert (ours.double() - theirs).abs().max() <= 2e-6 * theirs.abs().max()

@@ -148,7 +148,8 @@ class UnpaddedSlots(Slots):
         batch = torch.tensor([list(ids) for ids in tokens], device=self.device)
         T = batch.shape[1]
         hidden: Tensor
-        if list(slots) == list(range(self.count)):
+        whole = list(slots) == list(range(self.count))
+        if whole:
             hidden = self.model(batch, state=self.state)
         else:
             rows = self.state.take_rows(slots, [self.lengths[slot] for slot in slots])
@@ -156,7 +157,7 @@ class UnpaddedSlots(Slots):
             self.state.write_rows(slots, rows)
         for slot in slots:
             self.lengths[slot] += T
-        if len(slots) < self.count:
+        if not whole:
             self.state.count(self.lengths)
         return hidden
 

@@ -40,7 +40,11 @@ def library_for(A: Tensor) -> ctypes.CDLL | None:
 
 
 class Arguments:
-    """The inputs of a scan as the library reads them; valid while this object lives."""
+    """The inputs of a scan as the library reads them; valid while this object lives.
+
+    Raises  ValueError for a tensor of another shape than the others say, or on another device: the
+            library would read memory that is not the tensor's.
+    """
 
     def __init__(
         self,
@@ -53,15 +57,31 @@ class Arguments:
         chunk: int,
     ) -> None:
         size, T, E = u.shape
+        N = A.shape[-1]
+        require("u", u, (size, T, E))
+        require("dt", dt, (size, T, E))
+        require("A", A, (E, N))
+        require("B", B, (size, T, N))
+        require("C", C, (size, T, N))
+        require("starts", starts, (size, T))
         self.tensors = [x.to(torch.float32).contiguous() for x in (u, dt, A, B, C)]
         self.starts = None if starts is None else starts.to(torch.uint8).contiguous()
-        self.sizes = (ctypes.c_int64 * 5)(size, T, E, A.shape[1], chunk)
+        self.sizes = (ctypes.c_int64 * 5)(size, T, E, N, chunk)
 
     @property
     def addresses(self) -> list[object]:
         """The first arguments of both functions."""
         starts = None if self.starts is None else self.starts.data_ptr()
         return [ctypes.addressof(self.sizes), *(x.data_ptr() for x in self.tensors), starts]
+
+
+def require(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises  ValueError if a tensor that is there is not on the CPU in this shape."""
+    if x is not None and (x.shape != shape or x.device.type != "cpu"):
+        raise ValueError(
+            f"the scan of Mamba got {name} of shape {tuple(x.shape)} on {x.device}, expected"
+            f" {shape} on the CPU"
+        )
 
 
 def compiled_scan(
@@ -81,6 +101,7 @@ def compiled_scan(
     y = torch.empty(u.shape)
     borders = torch.empty(-(-T // chunk), size, *A.shape)
     last = torch.empty(size, *A.shape)
+    require("h", h, (size, *A.shape))
     before = None if h is None else h.to(torch.float32).contiguous()
     library.castalia_scan(
         *inputs.addresses,
@@ -105,8 +126,11 @@ def compiled_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `selective_scan.scan_backward`."""
     inputs = Arguments(u, dt, A, B, C, starts, chunk)
-    size, T, _ = u.shape
+    size, T, E = u.shape
+    require("dy", dy, (size, T, E))
+    require("borders", borders, (-(-T // chunk), size, *A.shape))
     dy = dy.to(torch.float32).contiguous()
+    borders = borders.contiguous()
     du = torch.empty(u.shape)
     ddt = torch.empty(u.shape)
     dA = torch.empty(size, *A.shape)

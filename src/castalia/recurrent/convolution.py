@@ -73,7 +73,8 @@ def silu_of_window(
     x: Tensor, weight: Tensor, bias: Tensor | None, segments: Tensor | None
 ) -> Tensor:
     """SiLU of the convolution: x (B, T, E), weight (E, K), bias (E,), segments (B, T)."""
-    return F.silu(window_sums(x, weight, bias, segments), inplace=True)
+    # In the layout that a compiled graph is told of, whatever that of x.
+    return F.silu(window_sums(x.contiguous(), weight, bias, segments), inplace=True)
 
 
 @silu_of_window.register_fake
@@ -87,6 +88,8 @@ def window_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty without one)."""
     size = weight.shape[1]
+    x = x.contiguous()
+    dy = dy.contiguous()
     d_sums = torch.ops.aten.silu_backward(dy, window_sums(x, weight, bias, segments))
     dx = d_sums * weight[:, -1]
     columns = [channel_sums(d_sums * x)]

@@ -63,7 +63,7 @@ def dual_scan(
     Shapes  x (S, T, G, R, P), dt (S, T, G, R), A (G, R), B, C (S, T, G, N); starts bool (S, T): the
             state is forgotten before these tokens; h (S, G, R, P, N), by default 0.
     chunk   tokens of a chunk; a matter of speed alone.
-    Gradients flow to x, dt, A, B and C, not to h.
+    Gradients flow from y to x, dt, A, B and C; the states have none.
     """
     y, _, last = dual_chunks(x, dt, A, B, C, starts, h, chunk)
     return y, last
@@ -97,10 +97,14 @@ class DualChunk:
         self.steps = self.x * self.dt[..., None]
         self.B = B.to(A.dtype).transpose(1, 2)
         self.C = C.to(A.dtype).transpose(1, 2)
-        sums = (self.dt * A[..., None]).cumsum(-1)
+        # A strong decay makes the sums large, and in fp32 the gaps between them would lose digits:
+        # each sum is a number of fp32 and what it leaves out.
+        exact = (self.dt * A[..., None]).cumsum(-1, dtype=torch.float64)
+        sums = exact.to(A.dtype)
+        rest = (exact - sums).to(A.dtype)
         seen = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
         before = sums
-        after = sums[..., -1:] - sums
+        after = (exact[..., -1:] - exact).to(A.dtype)
         whole = sums[..., -1]
         if starts is not None:
             # A document sees itself alone: neither earlier ones here nor the state before.
@@ -111,6 +115,7 @@ class DualChunk:
             whole = whole.masked_fill(documents[..., -1] > 0, -torch.inf)
         # Masked before the exponential, which overflows above the diagonal.
         gaps = sums[..., None] - sums[..., None, :]
+        gaps.add_(rest[..., None]).sub_(rest[..., None, :])
         self.decays = gaps.masked_fill_(~seen, -torch.inf).exp_()
         self.before = before.exp()[..., None]
         """What is left of the state before the chunk at each token, (S, G, R, L, 1)."""
@@ -262,6 +267,8 @@ def _(
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for the backward the inputs and the states between chunks."""
     x, dt, A, B, C, starts, _, ctx.chunk = inputs
+    # A loss of the last state is an error, not a gradient of zeros.
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, dt, A, B, C, starts, output[1])
 
 

@@ -47,7 +47,8 @@ class GatedNorm(nn.Module):
 @torch.library.custom_op("castalia::gated_norm", mutates_args=())
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """y, z (B, T, E), weight (E,) fp32 -> (B, T, E) in the dtype of z."""
-    gated = F.silu(z.to(y.dtype)).mul_(y)
+    # In the layout that a compiled graph is told of, whatever that of y and z.
+    gated = F.silu(z.to(y.dtype).contiguous()).mul_(y)
     parts = gated.unflatten(-1, (groups, -1))
     parts *= inverse_size(parts, eps)
     return gated.mul_(weight).to(z.dtype, copy=True)
@@ -70,11 +71,13 @@ def norm_backward(
     d_out: Tensor, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of y, z and weight."""
+    y = y.contiguous()
+    z = z.contiguous()
     gate = F.silu(z.to(y.dtype))
     gated = (gate * y).unflatten(-1, (groups, -1))
     inverse = inverse_size(gated, eps)
     normed = gated.mul_(inverse)
-    wide = d_out.to(y.dtype)
+    wide = d_out.to(y.dtype).contiguous()
     d_weight = (wide * normed.flatten(-2)).flatten(0, -2).sum(0)
     d_normed = (wide * weight).unflatten(-1, (groups, -1))
     # The part along the normed vector changes its length alone, which the norm takes out.

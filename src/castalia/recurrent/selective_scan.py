@@ -64,12 +64,12 @@ def selective_scan(
     h: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, E) in the dtype of `dt`, and the state after the last token, (B, E, N).
+    """y (B, T, E) in the dtype of A, and the state after the last token, (B, E, N).
 
     Shapes  u, dt (B, T, E), A (E, N), B, C (B, T, N); starts bool (B, T): the state is forgotten
             before these tokens; h (B, E, N), the state before the first token, by default 0.
     chunk   tokens whose states are in memory at a time; a matter of speed alone.
-    Gradients flow to u, dt, A, B and C, not to h.
+    Gradients flow from y to u, dt, A, B and C; the states have none.
     """
     if chunk is not None:
         length = chunk
@@ -223,6 +223,8 @@ def _(
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for the backward the inputs and the states between chunks."""
     u, dt, A, B, C, starts, _, ctx.chunk = inputs
+    # A loss of the last state is an error, not a gradient of zeros.
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(u, dt, A, B, C, starts, output[1])
 
 
