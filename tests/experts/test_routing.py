@@ -13,7 +13,7 @@ from castalia.experts.decision import decide, load_of, room_of
 from castalia.experts.layer import Experts
 from castalia.experts.products import SegmentProduct
 from castalia.experts.router import scores_of, weights_of
-from castalia.experts.sinkhorn import balanced
+from castalia.experts.sinkhorn import balanced_logs
 
 E = 5
 S = 23
@@ -94,11 +94,11 @@ def test_room_is_rounded_as_in_deepspeed_and_has_a_least():
 
 def test_sinkhorn_balances_tokens_and_experts_within_a_percent():
     logits = outputs()
-    plan = balanced(logits)
+    plan = balanced_logs(logits).exp()
     assert (plan.sum(1) * E - 1).abs().max() < 0.01
     assert (plan.sum(2) * S - 1).abs().max() < 0.01
     # The plan of a group does not depend on the others of the pass.
-    assert torch.equal(balanced(logits[1:2])[0], plan[1])
+    assert torch.equal(balanced_logs(logits[1:2]).exp()[0], plan[1])
     # It is exp(logits) with scaled rows and columns: what neither explains is nothing.
     logs = plan.double().log() - logits.double()
     mixed = logs - logs.mean(1, keepdim=True) - logs.mean(2, keepdim=True)
@@ -107,6 +107,11 @@ def test_sinkhorn_balances_tokens_and_experts_within_a_percent():
     trained = load_of(decide(config, logits, training=True).chosen, E).amax(1)
     plain = load_of(decide(config, logits).chosen, E).amax(1)
     assert (trained < plain - 0.1).all()
+    # Also where one expert is e^50 times likelier than the others for all tokens.
+    collapsed = logits + torch.tensor([50.0, 0, 0, 0, 0])
+    assert (load_of(decide(config, collapsed).chosen, E)[:, 0] == 1).all()
+    assert torch.allclose(balanced_logs(collapsed).exp(), plan, atol=1e-4)
+    assert balanced_logs(logits[:, :1] * 500).isfinite().all()
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

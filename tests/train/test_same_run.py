@@ -42,6 +42,7 @@ FREE_KEYS = {
     "model.start",
     "model.start_missing",
     "model.start_vocab",
+    "model.moe.split_over_tp",
     "data.workers",
     "data.allow_changed",
     "data.train",

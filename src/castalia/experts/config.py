@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from castalia.config.base import Config
+from castalia.config.changes import AT_RESUME
 
 
 class MoeConfig(Config):
@@ -62,7 +63,7 @@ class MoeConfig(Config):
     residual: bool = False
     """Mix the experts with one MLP for all tokens, by a softmax over two weights of the token
     (Residual MoE). Source  Rajbhandari et al. 2022, arXiv:2201.05596."""
-    split_over_tp: bool = False
+    split_over_tp: Annotated[bool, AT_RESUME] = False
     """Split each expert over parallel.tp; false lets the ranks of tp work on different tokens with
     whole experts."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from castalia.experts.config import MoeConfig
 from castalia.experts.router import scores_of
-from castalia.experts.sinkhorn import balanced
+from castalia.experts.sinkhorn import balanced_logs
 
 
 class Decision(NamedTuple):
@@ -44,7 +44,7 @@ def decide(
     factor = config.capacity_factor if training else config.eval_capacity_factor
     wanted_GSE = scores_GSE
     if training and config.router == "sinkhorn":
-        wanted_GSE = balanced(logits_GSE)
+        wanted_GSE = balanced_logs(logits_GSE)
     if bias_E is not None:
         wanted_GSE = scores_GSE + bias_E.float()
     chosen_GSK = wanted_GSE.topk(config.top_k, dim=-1).indices

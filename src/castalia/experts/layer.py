@@ -183,7 +183,7 @@ class Experts(nn.Module):
         out_RC = self.exchange(rows_RC, way.counts, self.compute)
         back = way.order[:, None]
         out = Take.apply(out_RC, way.place.flatten(), back, way.whole)
-        out_NKC = out.view(*chosen_NK.shape, -1)
+        out_NKC = out.view(*chosen_NK.shape, out.shape[1])
         # In fp32, as DeepSpeed adds them up.
         return (out_NKC * weights_NK[..., None]).sum(1).to(out_RC.dtype)
 
