@@ -146,6 +146,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a state": ({"blocks.0.att.time_state": torch.zeros(1)}, r"is a state that was tuned"),
     "another model": ({"lm_head.weight": torch.zeros(2, 2)}, r"is not a file of RWKV"),
     "converted": ({"_strategy": "cuda fp16"}, r"_strategy is str, expected a tensor"),
+    "quantized": (
+        {"emb.weight": torch.zeros(2, 2, dtype=torch.uint8), "blocks.0.att.r_k": torch.zeros(1, 1)},
+        r"emb\.weight is torch\.uint8 in the layout torch\.strided, expected plain floats",
+    ),
     "without embedding": ({"blocks.0.att.r_k": torch.zeros(1, 1)}, r"lacks emb\.weight"),
 }
 

@@ -67,10 +67,12 @@ def test_a_model_computes_what_transformers_does(name: str, tmp_path: Path) -> N
     for key, parameter in parameters.items():
         error = (mine[key] - parameter.grad).abs().max()
         assert error <= 1e-5 * max(1, float(parameter.grad.abs().max())), key
-    read, again = read_hf(tmp_path)
-    assert again.weights_shape() == config.weights_shape()
-    for parameter_name, tensor in model.state_dict().items():
-        assert torch.equal(read[parameter_name], tensor), parameter_name
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        read, again = read_hf(folder)
+        assert again.weights_shape() == config.weights_shape()
+        for parameter_name, tensor in model.state_dict().items():
+            assert torch.equal(read[parameter_name], tensor), parameter_name
 
 
 PUBLISHED = {

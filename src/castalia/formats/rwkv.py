@@ -140,7 +140,19 @@ def table_of(content: Any, path: Path) -> dict[str, Tensor]:
             f"{path}: {wrong[0]} is {type(content[wrong[0]]).__name__}, expected a tensor; of a"
             " file that the package rwkv converted for one of its strategies, use the original"
         )
+    odd = [name for name, value in content.items() if not is_plain(value)]
+    if odd:
+        kind = f"{content[odd[0]].dtype} in the layout {content[odd[0]].layout}"
+        raise CheckpointError(
+            f"{path}: {odd[0]} is {kind}, expected plain floats; of a quantized file, use the"
+            " original"
+        )
     return dict(content)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds each of its numbers as a float."""
+    return tensor.is_floating_point() and not (tensor.is_sparse or tensor.is_quantized)
 
 
 def family_of_names(names: Collection[str], path: Path) -> str:

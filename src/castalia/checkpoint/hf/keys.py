@@ -49,7 +49,7 @@ class Keys:
         self, values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
     ) -> None:
         self.where = where
-        self.left = dict(values)
+        self.left = {key: untagged(value) for key, value in values.items()}
         self.known = set(HARMLESS)
         self.names = dict(names or {})
 
@@ -123,6 +123,16 @@ class Keys:
             f"{self.where}: Castalia does not implement {pairs}{nearest(min(rest), self.known)};"
             " delete a key from the file only if the model computes the same without it"
         )
+
+
+def untagged(value: Any) -> Any:
+    """A value whose floats that JSON lacks are tagged, {"__float__": "Infinity"}, with the floats
+    themselves. Source  transformers 5, configuration_utils.py, _FLOAT_TAG_KEY."""
+    if isinstance(value, list | tuple):
+        return [untagged(part) for part in value]
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
 
 
 def shown(value: Any) -> str:
