@@ -169,6 +169,19 @@ def test_starts_are_those_of_gpt_neox() -> None:
     assert decayed == {"embed.weight", *inside}
 
 
+@pytest.mark.parametrize(("name", "place"), [("mamba", "dt_proj.bias"), ("mamba2", "ssm.dt_bias")])
+def test_time_steps_start_within_their_bounds(name: str, place: str) -> None:
+    bounds = {"dt_min": 0.01, "dt_max": 0.4, "dt_floor": 0.05}
+    section = MODELS[name][name] | bounds
+    config = build_model_config(SIZES | {"family": name, name: section}, "a test")
+    shape = dict(make(name).named_parameters())[f"layers.0.mixer.{place}"].shape
+    biases = start_weights(config, 0)(f"layers.0.mixer.{place}", shape)
+    steps = torch.nn.functional.softplus(biases)
+    # Log-uniform: those below the floor are lifted to it.
+    assert steps.min() == pytest.approx(0.05, rel=1e-4)
+    assert 0.1 < steps.max() <= 0.4
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
