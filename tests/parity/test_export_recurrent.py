@@ -14,6 +14,7 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.distributed import initialize
 from castalia.export import export
+from castalia.export.exports import other_formats
 from castalia.export.formats import EXPORTS
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
@@ -107,3 +108,14 @@ def test_what_an_engine_lacks_of_them_is_named(
     config = build_model_config(SIZES | values, "a test")
     kind, numbers = ("gguf", "Q8_0") if to == "Q8_0" else (to, EXPORTS[to].default)
     assert re.search(message, EXPORTS[kind].refuses(config, numbers) or "nothing")
+
+
+@pytest.mark.parametrize(
+    ("values", "able"),
+    [
+        ({"family": "mamba2"}, "; --to hf or gguf takes this model"),
+        ({"family": "gmlp", "gmlp": {"inner_size": 96}}, "; no format takes this model, engine="),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_what_takes_the_model(values: dict[str, Any], able: str) -> None:
+    assert other_formats(build_model_config(SIZES | values, "a test")).startswith(able)

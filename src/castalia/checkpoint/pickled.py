@@ -43,6 +43,8 @@ def read_pickled(path: Path) -> Any:
     # A broken file makes torch, zipfile and the pickle machine raise errors of a dozen kinds.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        # torch goes on for a paragraph after the sentence that says what broke.
+        first = first.split(". ")[0]
         raise DamagedCheckpointError(f"{path} is corrupt: {first}; copy the file again") from None
 
 

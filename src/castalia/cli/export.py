@@ -203,7 +203,7 @@ def export(
         typer.Option(
             metavar="FORMAT",
             help="hf (transformers), native (our CPU engine), ct2 (CTranslate2), gguf (llama.cpp),"
-            " neox (GPT-NeoX), peft (the adapter of a run alone).",
+            " neox (GPT-NeoX), rwkv (BlinkDL's .pth), peft (the adapter of a run alone).",
         ),
     ],
     *,

@@ -33,7 +33,7 @@ def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
     if moe.experts % ep:
         problems.append(
             f"model.moe.experts {moe.experts} is not divisible by parallel.ep={ep}: each rank holds"
-            " an equal part of the experts"
+            " an equal part of the experts; change either"
         )
     width = model.expert_size  # type: ignore[attr-defined]
     if moe.split_over_tp and width % tp:

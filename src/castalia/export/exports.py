@@ -26,7 +26,7 @@ from castalia.export.certificate import (
     torch_reader,
     write_certificate,
 )
-from castalia.export.format import ParallelFormat, ShardedFormat
+from castalia.export.format import EXPORTS, ParallelFormat, ShardedFormat
 from castalia.export.formats import padding_id
 from castalia.export.options import ExportOptions, ExportSpec, checked_spec
 from castalia.export.places import (
@@ -41,6 +41,7 @@ from castalia.export.record import Exported, hashes_of, same_export, write_recor
 from castalia.formats.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
+from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.forms import OtherTokenizer, SentencePieceTokenizer
 from castalia.tokenizers.settings import (
     TOKEN_MAP,
@@ -236,11 +237,24 @@ def require_expressible(source: SavedModel, spec: ExportSpec) -> None:
             " with Castalia's torch engine, or train adapter.kind=lora for an export"
         )
     if reason := spec.kind.refuses(source.config, spec.numbers):
-        raise ConfigError(reason + other_activation(source, spec.kind, spec.numbers))
+        hint = other_activation(source, spec.kind, spec.numbers)
+        if not hint and "choose" not in reason:
+            hint = other_formats(source.config)
+        raise ConfigError(reason + hint)
     if source.tokenizer is None and spec.kind.needs_tokenizer:
         raise ConfigError(
             f"{source.folder} has no {TOKENIZER}; a {spec.kind.name} model finds tokens by text"
         )
+
+
+def other_formats(config: ModelConfig) -> str:
+    """What does hold a model that a format refuses: the other formats, or else the run itself."""
+    # `peft` holds an adapter alone, never the model.
+    kinds = {name: EXPORTS[name] for name in EXPORTS if name != "peft"}
+    able = [name for name, kind in kinds.items() if kind.refuses(config, kind.default) is None]
+    if able:
+        return f"; --to {' or '.join(able)} takes this model"
+    return "; no format takes this model, engine=torch generates and serves it from its run"
 
 
 def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:

@@ -59,7 +59,7 @@ def neox_refuses(config: ModelConfig) -> str | None:
     lacks = neox_lacks(config)
     if lacks is None:
         return None
-    return f"GPT-NeoX cannot express model.{lacks}; export --to hf, or train it here"
+    return f"GPT-NeoX cannot express model.{lacks}"
 
 
 def neox_lacks(config: ModelConfig) -> str | None:

@@ -119,6 +119,6 @@ def tp_problems(kind: str, degrees: Axes) -> list[str]:
         return []
     return [
         f"layers of {kind} are not split over parallel.tp={degrees.tp}: each token is mixed with"
-        " the one before it, which between the matrices another rank may hold; set parallel.tp=1"
-        " and use parallel.dp_shard or parallel.pp"
+        " the one before it, which another rank may hold; set parallel.tp=1 and use"
+        " parallel.dp_shard or parallel.pp"
     ]
