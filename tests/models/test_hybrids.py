@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from castalia.adapters import ADAPTERS, adapt, adapter_of, build_adapter_config
+from castalia.adapters.adapting import start_over
+from castalia.distributed import initialize
 from castalia.inference.torch_engine import UnpaddedSlots
 from castalia.models import (
     FAMILIES,
@@ -17,7 +20,7 @@ from castalia.models import (
     family_of,
     parameter_counts,
 )
-from castalia.models.init import init_parameter
+from castalia.models.init import init_parameter, start_weights
 from castalia.models.kinds import KINDS
 from castalia.models.parts.dropout import row_draws
 from castalia.models.state import RecurrentState
@@ -124,6 +127,25 @@ def test_a_layer_is_what_it_is_in_a_model_of_its_kind_alone(number: int) -> None
             for patterns in (family.no_decay, ("*bias", "*norm*.weight", *own))
         ]
         assert decays[0] == decays[1], name
+
+
+def test_an_adapter_over_integers_reaches_every_linear_layer_of_every_kind() -> None:
+    config = make().config
+    values = {"kind": "lora", "rank": 2, "base": "int8", "targets": ["all-linear"]}
+    adapter = build_adapter_config(values, "a test")
+    model = adapt(Decoder(config), adapter)
+    initialize(model, start_over(start_weights(config, 0), adapter, config, 0))
+    for name, parameter in model.named_parameters():
+        # Both begin as zeros, which would stop the gradients of what stands before them.
+        if name.endswith(("lora_b", "spatial.weight")):
+            torch.nn.init.normal_(parameter)
+    own = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert {name.split(".")[1] for name in own} == set(map(str, range(config.num_layers)))
+    assert {name for name, g in gradients(model).items() if g.any()} >= own
+    # Roles are those of the attention; other layers have names alone.
+    values |= {"targets": ["mixer.out"]}
+    assert not adapter_of(adapter).problems(build_adapter_config(values, "a test"), config)
+    assert not ADAPTERS["bitfit"].problems(None, config)
 
 
 def test_dropout_reaches_what_every_kind_adds() -> None:

@@ -217,6 +217,9 @@ def test_what_does_not_go_together() -> None:
         config_of("rwkv7", rwkv7={"head_size": 24})
     with pytest.raises(ConfigError, match=r"rwkv6.head_size 64 does not divide the 32 channels"):
         config_of("rwkv6", rwkv6=None)
+    # 3.5 times as many are no multiple of 32.
+    narrow = Decoder(config_of("rwkv6", hidden_size=8))
+    assert parameter_counts(narrow.config).total == sum(p.numel() for p in narrow.parameters())
     with pytest.raises(ConfigError, match=r"rwkv6 is set, and all layers are rwkv7; remove it"):
         config_of("rwkv7", rwkv6={"head_size": 8})
     for name in MODELS:

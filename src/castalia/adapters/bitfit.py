@@ -32,8 +32,12 @@ class BitFit(Adapter):
         """A model without biases has nothing to train."""
         from castalia.models.families import family_of
 
-        parts = family_of(model).parts(model)
+        family = family_of(model)
+        parts = family.parts(model)
         if parts is None or any(part.bias for part in parts.linears):
+            return []
+        # Layers without declared parts have biases: of a convolution, of time steps, of positions.
+        if any(family.parts_at(model, layer) is None for layer in range(model.num_layers)):
             return []
         if any(part.bias for part in (*parts.norms, parts.final_norm)):
             return []

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from castalia.adapters.config import Whole
 from castalia.adapters.dropping import drop_input
 from castalia.adapters.lora import LoraConfig
-from castalia.adapters.targets import is_target, part_of
+from castalia.adapters.targets import is_target, names_all, part_of
 from castalia.core.errors import ConfigError
 from castalia.models import Decoder
 from castalia.models.families import family_of
@@ -110,7 +110,7 @@ def lora_class(base: type[nn.Linear]) -> type[LoraLinear]:
 def add_lora(model: Decoder, config: LoraConfig, *, magnitude: bool) -> None:
     """Give every targeted linear layer of the blocks its addition.
 
-    Raises  ConfigError if no layer of a family without declared parts is a target.
+    Raises  ConfigError if no layer is a target, of a model whose blocks do not all declare theirs.
     """
     parts = family_of(model.config).parts(model.config)
     names = []
@@ -121,7 +121,7 @@ def add_lora(model: Decoder, config: LoraConfig, *, magnitude: bool) -> None:
         part = None if parts is None else part_of(name, parts.linears)
         if is_target(name, part.role if part else None, config.targets):
             adapt_linear(module, name, config, magnitude=magnitude)
-    if parts is None and not any(isinstance(m, LoraLinear) for m in model.modules()):
+    if not names_all(model.config) and not any(isinstance(m, LoraLinear) for m in model.modules()):
         raise ConfigError(
             f"adapter.targets {config.targets} match none of {', '.join(names) or 'no layers'};"
             " use all-linear or patterns of these names"

@@ -41,16 +41,20 @@ def linear_names(model: ModelConfig) -> Iterator[tuple[str, LinearPart]]:
             yield f"layers.{layer}.{part.place}", part
 
 
+def names_all(model: ModelConfig) -> bool:
+    """Whether `linear_names` has the linear layers of every block."""
+    family = family_of(model)
+    return all(family.parts_at(model, layer) for layer in range(model.num_layers))
+
+
 def target_problems(targets: Sequence[str], rank: int, model: ModelConfig) -> list[str]:
     """Targets that no layer of the model has, and a rank that is larger than a targeted matrix."""
     known = list(linear_names(model))
-    if not known:
-        # Such a family has names alone; `adapt` sees its modules and judges there.
-        return []
     problems = []
     roles = list(dict.fromkeys(part.role for _, part in known))
     places = list(dict.fromkeys(part.place for _, part in known))
-    for target in targets:
+    # Other blocks have names alone; `adapt` sees their modules and judges there.
+    for target in targets if names_all(model) else ():
         if any(is_target(name, part.role, [target]) for name, part in known):
             continue
         menu = ", ".join([ALL, *roles])

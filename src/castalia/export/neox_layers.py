@@ -180,5 +180,5 @@ def require_one_norm(config: BlocksConfig, tensors: Mapping[str, Tensor]) -> Non
         if not torch.equal(tensors[f"layers.0.norm0.{kind}"], tensors[f"layers.0.norm1.{kind}"]):
             raise ConfigError(
                 "GPT-NeoX norms the embedding of RWKV with the first layer's norm, and this model"
-                " has two (layers.0.norm0, layers.0.norm1); it cannot express that"
+                " has two (layers.0.norm0, layers.0.norm1); --to rwkv holds them both"
             )

@@ -19,7 +19,7 @@ from castalia.checkpoint.keymap import Join
 from castalia.checkpoint.tensors import StoredTensor
 from castalia.core.errors import ConfigError
 from castalia.models import ModelConfig
-from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
 
 
@@ -88,14 +88,15 @@ def module_map(model: ModelConfig) -> tuple[TransformerFormat, list[Modules]]:
 
     Raises  ConfigError if transformers has no such model.
     """
-    config = require_transformer(model, "PEFT")
-    form = chosen_format(config)
+    if not isinstance(model, TransformerConfig):
+        raise ConfigError(f"no names of PEFT modules are known for model.family {model.family}")
+    form = chosen_format(model)
     if not isinstance(form, TransformerFormat):
         raise ConfigError(f"no names of PEFT modules are known for {form.architectures[0]}")
     return form, [
         modules
-        for layer in range(config.num_layers)
-        for modules in modules_of_layer(config, form, layer)
+        for layer in range(model.num_layers)
+        for modules in modules_of_layer(model, form, layer)
     ]
 
 

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 
@@ -36,6 +36,24 @@ class AllChannels:
 
 
 ALL = AllChannels()
+
+
+class BareMatrix(nn.Module):
+    """Weight (outputs, inputs) and bias of a product that the module around it computes, each rank
+    of tensor parallelism with its own part.
+
+    Not a Linear: adapters, quantized weights and fp8 change how a Linear multiplies, and would pass
+    by this one.
+    """
+
+    bias: nn.Parameter
+    """Of a matrix that has one."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(outputs))
 
 
 def held(parameter: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.convolution import CausalConvolution, document_starts
-from castalia.recurrent.held import ALL, ChannelShare, held, narrowed
+from castalia.recurrent.held import ALL, BareMatrix, ChannelShare, held, narrowed
 from castalia.recurrent.options import MambaOptions
 from castalia.recurrent.selective_scan import scan_step, selective_scan
 
@@ -48,8 +48,8 @@ class MambaMixer(nn.Module):
         self.x = nn.Linear(width, inner, bias=options.bias)
         self.z = nn.Linear(width, inner, bias=options.bias)
         self.conv = CausalConvolution(inner, options.conv_size, options.conv_bias)
-        self.x_proj = nn.Linear(inner, self.rank + 2 * self.state, bias=False)
-        self.dt_proj = nn.Linear(self.rank, inner)
+        self.x_proj = BareMatrix(inner, self.rank + 2 * self.state, bias=False)
+        self.dt_proj = BareMatrix(self.rank, inner, bias=True)
         self.ssm = DiagonalState(inner, self.state)
         self.out = nn.Linear(inner, width, bias=options.bias)
 

@@ -90,7 +90,7 @@ class Rwkv6Options(Config):
     """Channels of the time mixing; null means hidden_size."""
     ffn_size: PositiveInt | None = None
     """Width inside the channel mixing; null means 3.5 * hidden_size, rounded down to a multiple of
-    32."""
+    32 and at least 32."""
     mix_rank: PositiveInt | None = None
     """Rank of the five mixes with the token before; null means 32, of a width from 4096 on 64."""
     decay_rank: PositiveInt | None = None
@@ -105,7 +105,7 @@ class Rwkv6Options(Config):
     def ffn(self, width: int) -> int:
         """Width inside the channel mixing."""
         # As GPT-NeoX, megatron/model/rwkv/v6/rwkv.py.
-        return self.ffn_size or int(3.5 * width) // 32 * 32
+        return self.ffn_size or max(32, int(3.5 * width) // 32 * 32)
 
     def ranks(self, width: int) -> "Ranks6":
         """Ranks of the matrices that make mixes and decays."""

@@ -16,6 +16,7 @@ from castalia.models.parts.masks import segment_mask
 from castalia.models.parts.mlp import FUNCTIONS
 from castalia.models.parts.norms import HeadNorm, local, make_norm
 from castalia.models.state import PositionCache
+from castalia.recurrent.held import BareMatrix
 
 
 class SpatialMatrix(nn.Module):
@@ -65,18 +66,6 @@ class SpatialMatrix(nn.Module):
             )
 
 
-class WholeMatrix(nn.Module):
-    """Weight and bias of a product, of which a rank of tensor parallelism uses its own channels.
-
-    Not a Linear: what reads and changes Linears would pass by the use of a part of them.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-
 class TinyAttention(nn.Module):
     """One head of attention, from both halves of the channels into the gate.
 
@@ -86,8 +75,8 @@ class TinyAttention(nn.Module):
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.channels = channels
-        self.qkv = WholeMatrix(2 * channels, 3 * size)
-        self.out = WholeMatrix(size, channels)
+        self.qkv = BareMatrix(2 * channels, 3 * size, bias=True)
+        self.out = BareMatrix(size, channels, bias=True)
 
     def projected(self, up_BTF: Tensor, gate_BTF: Tensor, share: HeadShare) -> Tensor:
         """Queries, keys and values side by side, (B, T, 3 * size)."""
