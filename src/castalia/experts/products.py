@@ -44,9 +44,13 @@ class SegmentProduct(torch.autograd.Function):
         """(R, C), (E, F, C), (E,) -> (R, F)."""
         counts: list[int] = counts_E.tolist()
         out_RF = x_RC.new_empty(len(x_RC), weight_EFC.shape[1])
-        parts = zip(x_RC.split(counts), weight_EFC, out_RF.split(counts), strict=True)
-        for x, weight, out in parts:
-            torch.mm(x, weight.mT, out=out)
+        start = 0
+        for expert, count in enumerate(counts):
+            # A single token leaves most of many experts without rows.
+            if count:
+                here = slice(start, start + count)
+                torch.mm(x_RC[here], weight_EFC[expert].mT, out=out_RF[here])
+                start += count
         ctx.save_for_backward(x_RC, weight_EFC)
         ctx.counts = counts
         return out_RF

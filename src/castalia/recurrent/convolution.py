@@ -39,6 +39,21 @@ class CausalConvolution(nn.Module):
         whole = torch.cat([past.to(x_BTE.dtype), x_BTE], 1)
         return F.silu(window_sums(whole, weight, bias, None))[:, self.size - 1 :]
 
+    def step(self, x_BTE: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """One token (B, 1, E) behind those in `past` -> its output (B, 1, E), and what
+        `remembered` would say."""
+        whole = torch.cat([past.to(x_BTE.dtype), x_BTE], 1)
+        y_BTE = (whole * held(self.weight).to(x_BTE.dtype).T).sum(1, keepdim=True)
+        if self.bias is not None:
+            y_BTE = y_BTE + held(self.bias).to(x_BTE.dtype)
+        return F.silu(y_BTE), whole[:, 1:]
+
+    def continued(self, x_BTE: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of tokens behind those in `past`, and what is remembered of all."""
+        if x_BTE.shape[1] == 1:
+            return self.step(x_BTE, past)
+        return self(x_BTE, None, past), self.remembered(x_BTE, past)
+
     def remembered(self, x_BTE: Tensor, past: Tensor) -> Tensor:
         """The last K - 1 tokens, (B, K - 1, E), of those in `past` and (B, T, E) behind them."""
         whole = torch.cat([past.to(x_BTE.dtype), x_BTE], 1)

@@ -16,15 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castalia.recurrent.held import decayed
+
 
 def dual_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token: x (S, G, R, P), dt (S, G, R), A (G, R), B, C (S, G, N), h (S, G, R, P, N) -> y as
-    x, and the next h."""
-    written = (dt[..., None] * x)[..., None] * B[:, :, None, None]
-    h = torch.exp(dt * A)[..., None, None] * h + written
-    return (h @ C[:, :, None, :, None])[..., 0], h
+    x, and the next h, which is written over the last one if there are no gradients."""
+    h = decayed(h, torch.exp(dt * A)[..., None, None])
+    h.addcmul_((dt[..., None] * x)[..., None], B[:, :, None, None])
+    # All heads of a group in one product.
+    y = h.flatten(2, 3) @ C[..., None]
+    return y.view(x.shape), h
 
 
 def dual_by_token(
@@ -38,7 +42,7 @@ def dual_by_token(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, which `dual_scan` is tested against; see there."""
     S, T, G, R, P = x.shape
-    h = A.new_zeros(S, G, R, P, B.shape[-1]) if h is None else h
+    h = A.new_zeros(S, G, R, P, B.shape[-1]) if h is None else h.clone()
     outputs = []
     for t in range(T):
         if starts is not None:

@@ -27,7 +27,9 @@ class GatedNorm(nn.Module):
         if self.groups < share.size:
             return self.of_shared_groups(y_BTE, z_BTE, weight, share)
         here = share.of(self.groups)
-        normed: Tensor = gated_norm(y_BTE, z_BTE, weight, here.stop - here.start, self.eps)
+        # Calling an operator written in Python costs more than the norm of a token.
+        norm = gated_norm if torch.is_grad_enabled() else normed_groups
+        normed: Tensor = norm(y_BTE, z_BTE, weight, here.stop - here.start, self.eps)
         return normed
 
     def of_shared_groups(
@@ -43,15 +45,20 @@ class GatedNorm(nn.Module):
         return (gated * torch.rsqrt(mean + self.eps) * weight).to(z_BTE.dtype)
 
 
-# An operator of its own keeps y and z alone, where autograd keeps every product.
-@torch.library.custom_op("castalia::gated_norm", mutates_args=())
-def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+def normed_groups(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """y, z (B, T, E), weight (E,) fp32 -> (B, T, E) in the dtype of z."""
     # In the layout that a compiled graph is told of, whatever that of y and z.
     gated = F.silu(z.to(y.dtype).contiguous()).mul_(y)
     parts = gated.unflatten(-1, (groups, -1))
     parts *= inverse_size(parts, eps)
-    return gated.mul_(weight).to(z.dtype, copy=True)
+    return gated.mul_(weight).to(z.dtype)
+
+
+# An operator of its own keeps y and z alone, where autograd keeps every product.
+@torch.library.custom_op("castalia::gated_norm", mutates_args=())
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """`normed_groups`, differentiable."""
+    return normed_groups(y, z, weight, groups, eps)
 
 
 def inverse_size(parts: Tensor, eps: float) -> Tensor:

@@ -65,6 +65,14 @@ def held(parameter: Tensor) -> Tensor:
     return parameter.to_local(grad_placements=placements)
 
 
+def decayed(state: Tensor, decay: Tensor) -> Tensor:
+    """A state times its decay, which broadcasts to it.
+
+    Without gradients the state is overwritten: for one token a new one costs as much as the rest.
+    """
+    return state * decay if torch.is_grad_enabled() else state.mul_(decay)
+
+
 def narrowed(x: Tensor) -> Tensor:
     """x in the dtype of autocast, if it is on: each matrix that reads it would keep a copy."""
     kind = x.device.type

@@ -69,10 +69,10 @@ class MambaMixer(nn.Module):
         x_BTC = narrowed(x_BTC)
         x_BTE = self.x(x_BTC)
         z_BTE = self.z(x_BTC)
-        past = None if kept is None else kept["conv"]
-        u_BTE = self.conv(x_BTE, segments, past)
-        if kept is not None:
-            kept["conv"] = self.conv.remembered(x_BTE, kept["conv"])
+        if kept is None:
+            u_BTE = self.conv(x_BTE, segments)
+        else:
+            u_BTE, kept["conv"] = self.conv.continued(x_BTE, kept["conv"])
         dt_BTE, B_BTN, C_BTN = self.selected(u_BTE, share)
         A_EN = -torch.exp(held(self.ssm.A_log).float())
         if kept is None:

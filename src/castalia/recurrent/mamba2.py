@@ -98,9 +98,8 @@ class Mamba2Mixer(nn.Module):
         conv: CausalConvolution = getattr(self, f"conv_{name}")
         if kept is None:
             return conv(x, segments)
-        past = kept[f"conv_{name}"]
-        kept[f"conv_{name}"] = conv.remembered(x, past)
-        return conv(x, segments, past)
+        mixed, kept[f"conv_{name}"] = conv.continued(x, kept[f"conv_{name}"])
+        return mixed
 
     def own_groups(self, x: Tensor, here: slice) -> Tensor:
         """B or C by group, (B, T, G, N), of the heads held here."""

@@ -1,12 +1,14 @@
 """The two mixers of RWKV 6, of time and of channels."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.recurrent.options import MIXES, Rwkv6Options
 from castalia.recurrent.token_shift import Kept, in_fp32, token_before, wide
-from castalia.recurrent.wkv6 import wkv6, wkv6_by_token
+from castalia.recurrent.wkv6 import wkv6, wkv6_by_token, wkv6_step
 
 
 class TimeMix6(nn.Module):
@@ -42,19 +44,25 @@ class TimeMix6(nn.Module):
     def forward(self, x_BTC: Tensor, runs_BT: Tensor | None, kept: Kept | None) -> Tensor:
         """(B, T, C) -> (B, T, C); `kept` is empty of tokens or goes on after its last one."""
         past_BTC = token_before(x_BTC, runs_BT, kept, "time_shift") - x_BTC
-        mixed = torch.tanh((x_BTC + past_BTC * self.mix_x) @ self.mix_in)
-        ranks = mixed.unflatten(-1, (MIXES, -1)).unbind(-2)
-        outs = self.mix_out.unflatten(0, (MIXES, -1)).unbind(0)
-        bases = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
-        w, k, v, r, g = (
-            x_BTC + past_BTC * (base + rank @ out)
-            for base, rank, out in zip(bases, ranks, outs, strict=True)
-        )
+        w, k, v, r, g = self.mixed(x_BTC, past_BTC)
         slowed = torch.tanh(w @ self.decay_in) @ self.decay_out
         gate = F.silu(self.gate(g))
         out = self.recur(self.receptance(r), self.key(k), self.value(v), slowed, runs_BT, kept)
         mixed_BTC: Tensor = self.output(out.to(gate.dtype) * gate)
         return mixed_BTC
+
+    def mixed(self, x_BTC: Tensor, past_BTC: Tensor) -> Iterable[Tensor]:
+        """What decays, keys, values, receptance and gate are made of, each (B, T, C)."""
+        ranks_BTR = torch.tanh((x_BTC + past_BTC * self.mix_x) @ self.mix_in)
+        ranks = ranks_BTR.unflatten(-1, (MIXES, -1))
+        outs = self.mix_out.unflatten(0, (MIXES, -1))
+        bases = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
+        if x_BTC.shape[1] == 1:
+            # Of one token the calls cost more than the numbers, so that all five are made in one.
+            shares = torch.baddbmm(torch.stack(bases)[:, None], ranks[:, 0].transpose(0, 1), outs)
+            return torch.addcmul(x_BTC[:, 0], past_BTC[:, 0], shares)[:, :, None].unbind(0)
+        parts = zip(bases, ranks.unbind(-2), outs.unbind(0), strict=True)
+        return [x_BTC + past_BTC * (base + rank @ out) for base, rank, out in parts]
 
     def recur(
         self,
@@ -75,13 +83,30 @@ class TimeMix6(nn.Module):
                 state = empty_state(r)
             else:
                 state = kept["wkv"]
-            # A token or two are not worth a chunk.
-            form = wkv6_by_token if r.shape[1] <= 2 else wkv6
-            out, state = form(r, k, v, log_w, wide(self.bonus), state, runs_BT)
+            out, state = self.recurred(r, k, v, log_w, state, runs_BT)
             if kept is not None:
                 kept["wkv"] = state
             normed: Tensor = self.norm(out)
         return normed
+
+    def recurred(
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_w: Tensor,
+        state_BHNN: Tensor,
+        runs_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence in the form that its number of tokens asks for; shapes as `wkv6`."""
+        bonus_HN = wide(self.bonus)
+        if r.shape[1] == 1:
+            now = (x[:, 0] for x in (r, k, v, log_w))
+            out_BHN, state_BHNN = wkv6_step(*now, bonus_HN, state_BHNN)
+            return out_BHN[:, None], state_BHNN
+        # Two tokens are not worth a chunk.
+        form = wkv6_by_token if r.shape[1] == 2 else wkv6
+        return form(r, k, v, log_w, bonus_HN, state_BHNN, runs_BT)
 
 
 class ChannelMix6(nn.Module):

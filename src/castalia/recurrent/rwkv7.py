@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from castalia.recurrent.options import Rwkv7Options
 from castalia.recurrent.rwkv6 import HeadwiseNorm, empty_state, matrix, vector
 from castalia.recurrent.token_shift import Kept, in_fp32, token_before, wide
-from castalia.recurrent.wkv7 import wkv7, wkv7_by_token
+from castalia.recurrent.wkv7 import wkv7, wkv7_by_token, wkv7_step
 
 NORM_EPSILON = 64e-5
 """Epsilon of the norm over each head."""
@@ -113,14 +113,32 @@ class TimeMix7(nn.Module):
                 state = empty_state(r)
             else:
                 state = kept["wkv"]
-            # A token or two are not worth a chunk.
-            form = wkv7_by_token if r.shape[1] <= 2 else wkv7
-            out, state = form(r, log_w, k, v, -removed, removed * rate, state, runs_BT)
+            out, state = recurred(r, log_w, k, v, -removed, removed * rate, state, runs_BT)
             if kept is not None:
                 kept["wkv"] = state
             own = (r * k * wide(self.bonus)).sum(-1, keepdim=True) * v
             normed: Tensor = self.norm(out) + own.flatten(-2)
         return normed
+
+
+def recurred(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state_BHNN: Tensor,
+    runs_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in the form that its number of tokens asks for; shapes as `wkv7`."""
+    if r.shape[1] == 1:
+        now = (x[:, 0] for x in (r, log_w, k, v, a, b))
+        out_BHN, state_BHNN = wkv7_step(*now, state_BHNN)
+        return out_BHN[:, None], state_BHNN
+    # Two tokens are not worth a chunk.
+    form = wkv7_by_token if r.shape[1] == 2 else wkv7
+    return form(r, log_w, k, v, a, b, state_BHNN, runs_BT)
 
 
 class ChannelMix7(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from castalia.recurrent.compiled_scan import CHUNK as COMPILED_CHUNK
 from castalia.recurrent.compiled_scan import compiled_backward, compiled_scan, library_for
+from castalia.recurrent.held import decayed
 
 CHUNK_NUMBERS = 1 << 18
 """Numbers of the states of a chunk, so that a chunk stays in the cache of a core."""
@@ -24,8 +25,10 @@ SHORTEST = 32
 def scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: u, dt (B, E), A (E, N), B, C (B, N), h (B, E, N) -> y (B, E) and the next h."""
-    h = torch.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B[:, None]
+    """One token: u, dt (B, E), A (E, N), B, C (B, N), h (B, E, N) -> y (B, E) and the next
+    h, which is written over the last one if there are no gradients."""
+    h = decayed(h, (dt[..., None] * A).exp_())
+    h.addcmul_((dt * u)[..., None], B[:, None])
     return (h @ C[..., None])[..., 0], h
 
 
@@ -39,7 +42,7 @@ def scan_by_token(
     h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, which `selective_scan` is tested against; see there."""
-    h = u.new_zeros(len(u), *A.shape) if h is None else h
+    h = u.new_zeros(len(u), *A.shape) if h is None else h.clone()
     outputs = []
     for t in range(u.shape[1]):
         if starts is not None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
+from castalia.recurrent.held import decayed
 from castalia.recurrent.options import CHUNK
 from castalia.recurrent.token_shift import ChunkRuns, into_chunks, out_of_chunks
 
@@ -33,15 +34,26 @@ def wkv6_by_token(
     runs_BT (B, T) int64, the number of each token's document; a change resets the state.
     """
     outs = []
+    state_BHNN = state_BHNN.clone()
     for t in range(r.shape[1]):
         if runs_BT is not None and t:
             goes_on = (runs_BT[:, t] == runs_BT[:, t - 1]).float()
             state_BHNN = state_BHNN * goes_on[:, None, None, None]
-        written = k[:, t, :, :, None] * v[:, t, :, None]
-        read = state_BHNN + bonus_HN[..., None] * written
-        outs.append((r[:, t, :, None] @ read)[:, :, 0])
-        state_BHNN = log_w[:, t, :, :, None].exp() * state_BHNN + written
+        now = (x[:, t] for x in (r, k, v, log_w))
+        out_BHN, state_BHNN = wkv6_step(*now, bonus_HN, state_BHNN)
+        outs.append(out_BHN)
     return torch.stack(outs, 1), state_BHNN
+
+
+def wkv6_step(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, bonus_HN: Tensor, state_BHNN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token, r, k, v, log_w (B, H, N) -> its output (B, H, N) and the state after it, which is
+    written over the one before if there are no gradients."""
+    own = (r * k * bonus_HN).sum(-1, keepdim=True) * v
+    out_BHN = (r[:, :, None] @ state_BHNN)[:, :, 0] + own
+    state_BHNN = decayed(state_BHNN, log_w[..., None].exp())
+    return out_BHN, state_BHNN.addcmul_(k[..., None], v[:, :, None])
 
 
 def wkv6(

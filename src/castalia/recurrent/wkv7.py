@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
+from castalia.recurrent.held import decayed
 from castalia.recurrent.options import CHUNK
 from castalia.recurrent.token_shift import ChunkRuns, into_chunks, out_of_chunks
 
@@ -37,15 +38,26 @@ def wkv7_by_token(
     runs_BT (B, T) int64, the number of each token's document; a change resets the state.
     """
     outs = []
+    state_BHNN = state_BHNN.clone()
     for t in range(r.shape[1]):
         if runs_BT is not None and t:
             goes_on = (runs_BT[:, t] == runs_BT[:, t - 1]).float()
             state_BHNN = state_BHNN * goes_on[:, None, None, None]
-        removed = a[:, t, :, None] @ state_BHNN
-        written = b[:, t, :, :, None] * removed + k[:, t, :, :, None] * v[:, t, :, None]
-        state_BHNN = log_w[:, t, :, :, None].exp() * state_BHNN + written
-        outs.append((r[:, t, :, None] @ state_BHNN)[:, :, 0])
+        now = (x[:, t] for x in (r, log_w, k, v, a, b))
+        out_BHN, state_BHNN = wkv7_step(*now, state_BHNN)
+        outs.append(out_BHN)
     return torch.stack(outs, 1), state_BHNN
+
+
+def wkv7_step(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state_BHNN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token, r, log_w, k, v, a, b (B, H, N) -> its output (B, H, N) and the state after it,
+    which is written over the one before if there are no gradients."""
+    removed = a[:, :, None] @ state_BHNN
+    state_BHNN = decayed(state_BHNN, log_w[..., None].exp())
+    state_BHNN.addcmul_(b[..., None], removed).addcmul_(k[..., None], v[:, :, None])
+    return (r[:, :, None] @ state_BHNN)[:, :, 0], state_BHNN
 
 
 def wkv7(
