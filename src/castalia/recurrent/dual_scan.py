@@ -26,8 +26,8 @@ def dual_step(
     x, and the next h, which is written over the last one if there are no gradients."""
     h = decayed(h, torch.exp(dt * A)[..., None, None])
     h.addcmul_((dt[..., None] * x)[..., None], B[:, :, None, None])
-    # All heads of a group in one product.
-    y = h.flatten(2, 3) @ C[..., None]
+    # All heads of a group in one product, from the left: the kernel for several columns is faster.
+    y = C[:, :, None] @ h.flatten(2, 3).mT
     return y.view(x.shape), h
 
 

@@ -29,7 +29,7 @@ def scan_step(
     h, which is written over the last one if there are no gradients."""
     h = decayed(h, (dt[..., None] * A).exp_())
     h.addcmul_((dt * u)[..., None], B[:, None])
-    return (h @ C[..., None])[..., 0], h
+    return (C[:, None] @ h.mT)[:, 0], h
 
 
 def scan_by_token(
