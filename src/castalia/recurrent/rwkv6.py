@@ -101,8 +101,8 @@ class TimeMix6(nn.Module):
         """The recurrence in the form that its number of tokens asks for; shapes as `wkv6`."""
         bonus_HN = wide(self.bonus)
         if r.shape[1] == 1:
-            now = (x[:, 0] for x in (r, k, v, log_w))
-            out_BHN, state_BHNN = wkv6_step(*now, bonus_HN, state_BHNN)
+            r, k, v, log_w = (x[:, 0] for x in (r, k, v, log_w))
+            out_BHN, state_BHNN = wkv6_step(r, k, v, log_w, bonus_HN, state_BHNN)
             return out_BHN[:, None], state_BHNN
         # Two tokens are not worth a chunk.
         form = wkv6_by_token if r.shape[1] == 2 else wkv6

@@ -133,8 +133,8 @@ def recurred(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in the form that its number of tokens asks for; shapes as `wkv7`."""
     if r.shape[1] == 1:
-        now = (x[:, 0] for x in (r, log_w, k, v, a, b))
-        out_BHN, state_BHNN = wkv7_step(*now, state_BHNN)
+        r, log_w, k, v, a, b = (x[:, 0] for x in (r, log_w, k, v, a, b))
+        out_BHN, state_BHNN = wkv7_step(r, log_w, k, v, a, b, state_BHNN)
         return out_BHN[:, None], state_BHNN
     # Two tokens are not worth a chunk.
     form = wkv7_by_token if r.shape[1] == 2 else wkv7

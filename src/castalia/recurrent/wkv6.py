@@ -39,8 +39,9 @@ def wkv6_by_token(
         if runs_BT is not None and t:
             goes_on = (runs_BT[:, t] == runs_BT[:, t - 1]).float()
             state_BHNN = state_BHNN * goes_on[:, None, None, None]
-        now = (x[:, t] for x in (r, k, v, log_w))
-        out_BHN, state_BHNN = wkv6_step(*now, bonus_HN, state_BHNN)
+        out_BHN, state_BHNN = wkv6_step(
+            r[:, t], k[:, t], v[:, t], log_w[:, t], bonus_HN, state_BHNN
+        )
         outs.append(out_BHN)
     return torch.stack(outs, 1), state_BHNN
 

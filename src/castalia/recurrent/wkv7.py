@@ -43,8 +43,9 @@ def wkv7_by_token(
         if runs_BT is not None and t:
             goes_on = (runs_BT[:, t] == runs_BT[:, t - 1]).float()
             state_BHNN = state_BHNN * goes_on[:, None, None, None]
-        now = (x[:, t] for x in (r, log_w, k, v, a, b))
-        out_BHN, state_BHNN = wkv7_step(*now, state_BHNN)
+        out_BHN, state_BHNN = wkv7_step(
+            r[:, t], log_w[:, t], k[:, t], v[:, t], a[:, t], b[:, t], state_BHNN
+        )
         outs.append(out_BHN)
     return torch.stack(outs, 1), state_BHNN
 
