@@ -211,7 +211,7 @@ def print_cost(
 
 def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
     """Name and text of each line of the table."""
-    from castalia.models.flops import parameters_text
+    from castalia.models.flops import model_text, parameters_text
     from castalia.monitor.display import quantity, size_text
 
     train = resolved.config.train
@@ -221,6 +221,7 @@ def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
     if cost.processes > 1:
         where = f"one of {cost.processes} processes"
     lines = {
+        "model": model_text(resolved.config.model),
         "parameters": parameters_text(resolved.config.model),
         "tokens": f"{cost.tokens:,} ({quantity(cost.tokens)})",
         "steps": f"{train.steps:,} of {rows:,} rows = {per_step:,} tokens",

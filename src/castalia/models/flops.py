@@ -56,6 +56,17 @@ def active_parameters(config: ModelConfig) -> int:
     return total - sum(costs.parameters - costs.active for costs in layer_costs(config))
 
 
+def model_text(config: ModelConfig) -> str:
+    """Family and size in words, with the kinds of layers where these are several."""
+    facts = config.facts()
+    lines = [f"{facts['family']}, {facts['layers']} layers of width {facts['width']}"]
+    if "pattern" in facts:
+        lines.append(f"in turn {facts['pattern']}")
+    if "experts" in facts:
+        lines.append(f"experts: {facts['experts']}")
+    return "; ".join(lines)
+
+
 def parameters_text(config: ModelConfig) -> str:
     """The numbers of parameters for people; the active ones only where they are fewer."""
     counts = parameter_counts(config)

@@ -13,7 +13,7 @@ from castalia.data import RunRows
 from castalia.data.curriculum import Curriculum
 from castalia.data.pairwise import PairOrder
 from castalia.losses import LOSSES
-from castalia.models.flops import parameters_text
+from castalia.models.flops import model_text, parameters_text
 from castalia.models.fp8 import Fp8Config
 from castalia.monitor import quantity, size_text
 from castalia.runs.config import RunConfig
@@ -128,6 +128,7 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
         batch = f"{first}, growing to {batch}"
     return {
         "run": config.output,
+        "model": model_text(config.model),
         "parameters": parameters_text(config.model),
         "training": f"{steps:,} steps of {per_step:,} tokens = {quantity(cost.tokens)} tokens",
         "batch": f"{batch}, {cost.micro_rows} at a time",
