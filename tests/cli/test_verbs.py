@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import castalia
 from castalia.cli.app import app
+from castalia.recipes.zoo_rwkv import RWKV
 from castalia.terminal.hints import WANTED
 
 ROOT = typer.main.get_command(app)
@@ -158,7 +159,7 @@ def completions(monkeypatch, command, line):
         ("castalia show --gp", ["--gpu", "--gpus-per-node"]),
         ("castalia train demo", ["demo"]),
         ("castalia launch mixing.warm", ["mixing.warmup_steps="]),
-        ("castalia train r", ["recipe=", "reward", "runs/", "r.yaml", "r1"]),
+        ("castalia train r", ["recipe=", "reward", *RWKV, "runs/", "r.yaml", "r1"]),
         ("castalia data view runs/a", ["runs/abs"]),
     ],
 )

@@ -14,6 +14,7 @@ PROBE = """
 import json, sys
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from castalia.distributed.config import AXES
 from castalia.distributed.layout import parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.distributed.world import World, check_layout
@@ -39,7 +40,7 @@ for name, degrees in json.loads(sys.argv[1]).items():
         parts = {}
         for key, parameter in model.named_parameters():
             parts[key] = [list(parameter.shape), list(parameter.to_local().shape)]
-        places = {axis: world.coordinate(axis) for axis in degrees._fields}
+        places = {axis: world.coordinate(axis) for axis in AXES}
         sharded = all(hasattr(layer, "unshard") for stage in stages for layer in stage.layers)
         record = {"name": name, "rank": rank, "parts": parts, "places": places}
         print(json.dumps({**record, "sharded": sharded}))
