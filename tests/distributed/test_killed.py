@@ -95,6 +95,7 @@ def kill_and_compare(tokens, tmp_path, kills, steps):
     return told
 
 
+@pytest.mark.slow
 def test_four_kills_at_random_moments_change_nothing(tokens, tmp_path):
     kill_and_compare(tokens, tmp_path, 4, 20)
 

@@ -44,6 +44,7 @@ def test_the_example_in_a_plain_loop():
     assert weights["words"] > weights["digits"]
 
 
+@pytest.mark.slow
 def test_the_example_under_the_trainer_of_transformers(tmp_path):
     """It reads a step ahead, which the planner's lag allows."""
     pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
