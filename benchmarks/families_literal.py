@@ -17,44 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from castalia.formats.rwkv import NORMS, OWN
+
 State = dict[str, Tensor]
 """What a layer remembers: `att` and `ffn`, the last token before each mixing, and `wkv`."""
 
 
 PLACES = {"embed": "emb", "norm": "ln_out", "unembed": "head"}
-NORMS = {"norm0": "ln0", "norm1": "ln1", "norm2": "ln2", "att.norm": "att.ln_x"}
-OWN = {
-    6: {
-        **{f"att.mix_{x}": f"att.time_maa_{x}" for x in "xwkvrg"},
-        "att.mix_in": "att.time_maa_w1",
-        "att.mix_out": "att.time_maa_w2",
-        "att.decay_in": "att.time_decay_w1",
-        "att.decay_out": "att.time_decay_w2",
-        "att.decay": "att.time_decay",
-        "att.bonus": "att.time_faaaa",
-        "ffn.mix_k": "ffn.time_maa_k",
-        "ffn.mix_r": "ffn.time_maa_r",
-    },
-    7: {
-        **{f"att.mix_{x}": f"att.x_{x}" for x in "rwkvag"},
-        "att.decay": "att.w0",
-        "att.decay_in": "att.w1",
-        "att.decay_out": "att.w2",
-        "att.rate": "att.a0",
-        "att.rate_in": "att.a1",
-        "att.rate_out": "att.a2",
-        "att.value_mix": "att.v0",
-        "att.value_in": "att.v1",
-        "att.value_out": "att.v2",
-        "att.gate_in": "att.g1",
-        "att.gate_out": "att.g2",
-        "att.bonus": "att.r_k",
-        "att.key_scale": "att.k_k",
-        "att.key_rate": "att.k_a",
-        "ffn.mix_k": "ffn.x_k",
-    },
-}
-"""Castalia's names of modules and parameters, and RWKV-LM's, by version."""
 
 
 def renamed(tensors: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
@@ -67,7 +36,7 @@ def renamed(tensors: Mapping[str, Tensor], version: int) -> dict[str, Tensor]:
             continue
         _, layer, own = name.split(".", 2)
         module, _, kind = own.rpartition(".")
-        own = OWN[version].get(own) or f"{NORMS.get(module, module)}.{kind}"
+        own = OWN[f"rwkv{version}"].get(own) or f"{NORMS.get(module, module)}.{kind}"
         if own == "att.time_maa_w2":
             tensor = tensor.unflatten(0, (5, -1))
         out[f"blocks.{layer}.{own}"] = tensor

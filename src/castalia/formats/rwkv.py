@@ -18,6 +18,7 @@ from castalia.core.errors import CheckpointError
 from castalia.formats.pieces import Layout, Placed, even, gathered, require_matrices, runs
 from castalia.models.config import require_vocabulary
 from castalia.models.families import build_model_config
+from castalia.models.kinds.rwkv import MATRICES
 from castalia.models.model_config import BlocksConfig
 from castalia.recurrent.options import Rwkv6Options, Rwkv7Options
 
@@ -36,16 +37,6 @@ WHOLE = {
     "unembed.weight": HEAD,
 }
 NORMS = {"norm0": "ln0", "norm1": "ln1", "norm2": "ln2", "att.norm": "att.ln_x"}
-MATRICES = (
-    "att.receptance",
-    "att.key",
-    "att.value",
-    "att.gate",
-    "att.output",
-    "ffn.receptance",
-    "ffn.key",
-    "ffn.value",
-)
 OWN: dict[str, dict[str, str]] = {
     "rwkv6": {
         **{f"att.mix_{x}": f"att.time_maa_{x}" for x in "xwkvrg"},

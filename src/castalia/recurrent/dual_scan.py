@@ -11,12 +11,11 @@ that a channel remembers.
 Source  Dao and Gu 2024, arXiv:2405.21060, section 6.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from castalia.recurrent.held import decayed
+from castalia.recurrent.scan_gradients import differentiable
 
 
 def dual_step(
@@ -268,19 +267,4 @@ def _(
     return same[0], same[1], same[2], same[3], same[4]
 
 
-def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep for the backward the inputs and the states between chunks."""
-    x, dt, A, B, C, starts, _, ctx.chunk = inputs
-    # A loss of the last state is an error, not a gradient of zeros.
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, dt, A, B, C, starts, output[1])
-
-
-def differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs; those of the states are not asked for."""
-    x, dt, A, B, C, starts, borders = ctx.saved_tensors
-    gradients = dual_backward(dy, borders, x, dt, A, B, C, starts, ctx.chunk)
-    return *gradients, None, None, None
-
-
-dual_chunks.register_autograd(differentiate, setup_context=remember)
+differentiable(dual_chunks, dual_backward)

@@ -7,14 +7,13 @@ Shapes: B batch, T tokens, E channels, N numbers that a channel remembers.
 Source  Gu and Dao 2023, arXiv:2312.00752, algorithm 2 (ZOH for A, Euler for B, as published).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from castalia.recurrent.compiled_scan import CHUNK as COMPILED_CHUNK
 from castalia.recurrent.compiled_scan import compiled_backward, compiled_scan, library_for
 from castalia.recurrent.held import decayed
+from castalia.recurrent.scan_gradients import differentiable
 
 CHUNK_NUMBERS = 1 << 18
 """Numbers of the states of a chunk, so that a chunk stays in the cache of a core."""
@@ -223,19 +222,4 @@ def _(
     return same[0], same[1], same[2], same[3], same[4]
 
 
-def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep for the backward the inputs and the states between chunks."""
-    u, dt, A, B, C, starts, _, ctx.chunk = inputs
-    # A loss of the last state is an error, not a gradient of zeros.
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(u, dt, A, B, C, starts, output[1])
-
-
-def differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs; those of the states are not asked for."""
-    u, dt, A, B, C, starts, borders = ctx.saved_tensors
-    gradients = scan_backward(dy, borders, u, dt, A, B, C, starts, ctx.chunk)
-    return *gradients, None, None, None
-
-
-scan_chunks.register_autograd(differentiate, setup_context=remember)
+differentiable(scan_chunks, scan_backward)

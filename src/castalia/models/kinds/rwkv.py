@@ -1,11 +1,13 @@
 """What the versions of RWKV declare alike: sizes, and start values that depend on the place. Needs
 no torch."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from castalia.models.costs import Axes
+from castalia.models.kinds.base import BlockKind
 from castalia.models.starts import Start
 
 if TYPE_CHECKING:
@@ -31,20 +33,44 @@ NO_DECAY = (
 )
 """Everything but the matrices between two widths. Source  RWKV-LM, RWKV-v7/train_temp/src/model.py,
 configure_optimizers. GPT-NeoX decays these too, which pulls its decays towards exp(-1)."""
-HIDDEN = tuple(
-    f"*.{place}.weight"
-    for place in (
-        "att.receptance",
-        "att.key",
-        "att.value",
-        "att.gate",
-        "att.output",
-        "ffn.receptance",
-        "ffn.key",
-        "ffn.value",
-    )
+MATRICES = (
+    "att.receptance",
+    "att.key",
+    "att.value",
+    "att.gate",
+    "att.output",
+    "ffn.receptance",
+    "ffn.key",
+    "ffn.value",
 )
-"""The matrices between two widths."""
+"""The matrices between two widths, of both versions."""
+
+
+class RwkvKind(BlockKind):
+    """What both versions declare alike."""
+
+    no_decay = NO_DECAY
+    hidden = tuple(f"*.{place}.weight" for place in MATRICES)
+    exact = True
+
+    @abstractmethod
+    def sizes(self, config: Any) -> Any:
+        """The section, or its defaults."""
+
+    def filled(self, config: Any) -> dict[str, Any]:
+        """See `BlockKind`."""
+        section = self.sizes(config).complete(config.hidden_size)
+        return {self.name: section.model_dump(mode="json")}
+
+    def divides(self, config: Any, degrees: Axes) -> list[str]:
+        """See `BlockKind`."""
+        if degrees.tp == 1:
+            return []
+        return [
+            f"layers of {self.name} are not split over parallel.tp={degrees.tp}: each token is"
+            " mixed with the one before it, which another rank may hold; set parallel.tp=1 and use"
+            " parallel.dp_shard or parallel.pp"
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,15 +136,4 @@ def head_problems(kind: str, size: int, head_size: int) -> list[str]:
     return [
         f"{kind}.head_size {head_size} does not divide the {size} channels of the time mixing; set"
         f" another {kind}.head_size"
-    ]
-
-
-def tp_problems(kind: str, degrees: Axes) -> list[str]:
-    """Why ranks cannot share matrices; an empty list if they need not."""
-    if degrees.tp == 1:
-        return []
-    return [
-        f"layers of {kind} are not split over parallel.tp={degrees.tp}: each token is mixed with"
-        " the one before it, which another rank may hold; set parallel.tp=1 and use"
-        " parallel.dp_shard or parallel.pp"
     ]

@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from castalia.models.costs import Axes, Costs, Stored
-from castalia.models.kinds.base import BlockKind
+from castalia.models.costs import Costs, Stored
 from castalia.models.kinds.rwkv import (
-    HIDDEN,
-    NO_DECAY,
     ByChannel,
     Depth,
+    RwkvKind,
     by_layer,
     head_problems,
     share,
-    tp_problems,
 )
 from castalia.models.starts import Start, Uniform
 from castalia.recurrent.options import CHUNK, MIXES, Rwkv6Options
@@ -27,13 +24,14 @@ if TYPE_CHECKING:
 LOW_RANK = ("mix_in", "mix_out", "decay_in", "decay_out")
 
 
-class Rwkv6Kind(BlockKind):
+class Rwkv6Kind(RwkvKind):
     """RWKV 6. Start values are GPT-NeoX's, megatron/model/rwkv/v6/rwkv.py."""
 
     name = "rwkv6"
-    no_decay = NO_DECAY
-    hidden = HIDDEN
-    exact = True
+
+    def sizes(self, config: Any) -> Rwkv6Options:
+        """See `RwkvKind`."""
+        return sizes(config)
 
     def block(self, config: Any, layer: int) -> "Block":
         """See `BlockKind`."""
@@ -89,15 +87,6 @@ class Rwkv6Kind(BlockKind):
             kept=kept_numbers(options, d),
             whole_parameters=parameters,
         )
-
-    def filled(self, config: Any) -> dict[str, Any]:
-        """See `BlockKind`."""
-        section = sizes(config).complete(config.hidden_size)
-        return {self.name: section.model_dump(mode="json")}
-
-    def divides(self, config: Any, degrees: Axes) -> list[str]:
-        """See `BlockKind`."""
-        return tp_problems(self.name, degrees)
 
     def problems(self, config: Any) -> list[str]:
         """See `BlockKind`."""

@@ -3,18 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from castalia.models.costs import Axes, Costs, Stored
-from castalia.models.kinds.base import BlockKind
+from castalia.models.costs import Costs, Stored
 from castalia.models.kinds.rwkv import (
-    HIDDEN,
-    NO_DECAY,
     ByChannel,
     Depth,
+    RwkvKind,
     by_layer,
     head_problems,
     layers_of,
     share,
-    tp_problems,
 )
 from castalia.models.starts import ZEROS, Constant, Orthogonal, Start, Uniform
 from castalia.recurrent.options import CHUNK, Rwkv7Options
@@ -25,17 +22,18 @@ if TYPE_CHECKING:
     from castalia.models.block import Block
 
 
-class Rwkv7Kind(BlockKind):
+class Rwkv7Kind(RwkvKind):
     """RWKV 7. Start values are those of RWKV-LM, RWKV-v7/train_temp/src/model.py."""
 
     name = "rwkv7"
-    no_decay = NO_DECAY
-    hidden = HIDDEN
-    exact = True
 
     def carries(self, config: Any) -> int:
         """The values of the first layer, which all later ones mix with theirs."""
         return int(config.hidden_size)
+
+    def sizes(self, config: Any) -> Rwkv7Options:
+        """See `RwkvKind`."""
+        return sizes(config)
 
     def block(self, config: Any, layer: int) -> "Block":
         """See `BlockKind`."""
@@ -92,15 +90,6 @@ class Rwkv7Kind(BlockKind):
             kept=kept_numbers(options, d, low),
             whole_parameters=parameters,
         )
-
-    def filled(self, config: Any) -> dict[str, Any]:
-        """See `BlockKind`."""
-        section = sizes(config).complete(config.hidden_size)
-        return {self.name: section.model_dump(mode="json")}
-
-    def divides(self, config: Any, degrees: Axes) -> list[str]:
-        """See `BlockKind`."""
-        return tp_problems(self.name, degrees)
 
     def problems(self, config: Any) -> list[str]:
         """See `BlockKind`."""
