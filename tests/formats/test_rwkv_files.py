@@ -15,7 +15,7 @@ from torch import Tensor
 import castalia
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CastaliaError, CheckpointError
-from castalia.export.rwkv import Rwkv, write_rwkv
+from castalia.export.rwkv import RwkvFile, write_rwkv
 from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, build_model_config
 from castalia.models.init import start_weights
@@ -192,13 +192,13 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
 
 
 def test_what_a_file_cannot_say_is_refused() -> None:
-    assert Rwkv.refuses(make("rwkv6").config, "fp32") is None
+    assert RwkvFile.refuses(make("rwkv6").config, "fp32") is None
     for options, message in (
         ({"norm": "rmsnorm"}, "assume norm=layernorm, not rmsnorm"),
         ({"layernorm_epsilon": 1e-6}, "assume layernorm_epsilon=1e-05, not 1e-06"),
         ({"rwkv6": {"head_size": 8, "norm_epsilon": 1e-5}}, "assume rwkv6.norm_epsilon=0.00064"),
         ({"output_multiplier": 2.0}, "assume output_multiplier=1.0, not 2.0"),
     ):
-        assert message in str(Rwkv.refuses(make("rwkv6", **options).config, "fp32"))
+        assert message in str(RwkvFile.refuses(make("rwkv6", **options).config, "fp32"))
     other = build_model_config(SIZES | {"family": "neox", "num_attention_heads": 4}, "a test")
-    assert "hold model.family rwkv6 and rwkv7, not neox" in str(Rwkv.refuses(other, "fp32"))
+    assert "hold model.family rwkv6 and rwkv7, not neox" in str(RwkvFile.refuses(other, "fp32"))

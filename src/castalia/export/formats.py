@@ -25,7 +25,7 @@ from castalia.export.gguf_vocabulary import END_ROLES, differences
 from castalia.export.neox import write_neox
 from castalia.export.neox_config import NeoxShape, neox_notes, neox_refuses
 from castalia.export.peft import Peft
-from castalia.export.rwkv import Rwkv
+from castalia.export.rwkv import RwkvFile
 from castalia.export.written import own_reader, transformers_reader
 from castalia.formats.gguf_recurrent import RECURRENT
 from castalia.formats.saved_model import SavedModel
@@ -340,4 +340,4 @@ class Neox(ParallelFormat):
 
 
 EXPORTS.register("peft")(Peft)
-EXPORTS.register("rwkv")(Rwkv)
+EXPORTS.register("rwkv")(RwkvFile)

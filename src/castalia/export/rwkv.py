@@ -14,7 +14,7 @@ FILE = f"model{SUFFIX}"
 FAMILIES = ("rwkv6", "rwkv7")
 
 
-class Rwkv(Format):
+class RwkvFile(Format):
     """One file of tensors without a config."""
 
     name = "rwkv"

@@ -14,7 +14,7 @@ from castalia.models.state import RecurrentState
 from castalia.recurrent.held import ChannelShare
 
 
-class Mixer(Protocol):
+class StateSpaceMixer(Protocol):
     """What a mixer of castalia.recurrent has."""
 
     def __call__(
@@ -51,7 +51,7 @@ class StateSpaceBlock(Block):
         if context.state is not None:
             assert isinstance(context.state, RecurrentState)
             kept = context.state.kept
-        mixer = cast(Mixer, self.mixer)
+        mixer = cast(StateSpaceMixer, self.mixer)
         mixed_BTC = mixer(self.norm(x_BTC), context.segments, kept, context.heads)
         return x_BTC + drop_hidden(mixed_BTC, context.draws, MLP_OUT)
 
@@ -59,4 +59,4 @@ class StateSpaceBlock(Block):
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
     ) -> RecurrentState:
         """The mixer's; its size does not depend on `length`."""
-        return RecurrentState(**cast(Mixer, self.mixer).remembered(batch, dtype, device))
+        return RecurrentState(**cast(StateSpaceMixer, self.mixer).remembered(batch, dtype, device))
