@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +112,7 @@ def test_whole_numbers_are_summed_exactly(
     ],
 )
 def test_processors_with_fewer_instructions_sum_the_same(
-    layer: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, processor: list[str]
+    layer: tuple[torch.Tensor, torch.Tensor], processor: list[str]
 ) -> None:
     flags = [flag for flag in native_code.FLAGS if flag != "-march=native"]
     if processor and platform.machine() != "x86_64":
@@ -121,10 +120,8 @@ def test_processors_with_fewer_instructions_sum_the_same(
     if processor and not {"avx2", "avx_vnni"} <= set(native_code.processor().split()):
         pytest.skip("this processor lacks them")
     compiler = native_code.chosen_compiler()
-    path = native_code.compile_into(
-        tmp_path, "plain.so", compiled.SOURCE, compiler, [*flags, *processor]
-    )
-    plain = compiled.declared(ctypes.CDLL(str(path)))
+    code = native_code.compiled_code(compiled.SOURCE, compiler, [*flags, *processor])
+    plain = compiled.declared(native_code.load(code, "plain"))
     assert plain.castalia_has_dot() == ("-mavxvnni" in processor)
     x = torch.randn(11, 64, generator=torch.Generator().manual_seed(2))
     q, step = steps_of(x)

@@ -2,6 +2,10 @@
 
 A build needs g++ or clang++; CASTALIA_CXX names another compiler, and `none` turns all builds off.
 Every caller has the same computation in torch, for machines without a compiler.
+
+The machine code is kept in a cache that only this user can write, under its SHA-256. It is loaded
+from a copy in memory of the bytes that were checked, never from the file: a truncated library ends
+the process with SIGBUS, and a foreign one runs as soon as it is loaded.
 """
 
 import ctypes
@@ -12,14 +16,18 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from castalia.core.files import cache_folder
+from castalia.core.private_cache import PrivateCache
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 COMPILE_SECONDS = 180
 """A compiler that takes longer hangs."""
+FOLDER = "native"
+"""The part of the cache folder that holds the machine code."""
 
 
 def native_library(source: Path, what: str) -> ctypes.CDLL | None:
@@ -31,7 +39,7 @@ def native_library(source: Path, what: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(cached_library(source, compiler)))
+        return load(machine_code(source, compiler), source.stem)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(
@@ -52,22 +60,58 @@ def chosen_compiler() -> str | None:
     return None
 
 
-def cached_library(source: Path, compiler: str) -> Path:
-    """The library for this source, compiler and processor, compiled if the cache lacks it."""
+def machine_code(source: Path, compiler: str) -> bytes:
+    """The library for this source, compiler and processor, compiled if the cache has no whole one.
+
+    Raises  CalledProcessError or TimeoutExpired if the compiler fails.
+    """
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
     # All that decides about the machine code, so that a shared home serves several machines.
-    key = "\n".join((source.read_text(), " ".join(FLAGS), version, processor()))
-    name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    base = cache_folder()
-    if (base / name).is_file():
-        return base / name
+    decisive = "\n".join((source.read_text(), " ".join(FLAGS), version, processor()))
+    key = hashlib.sha256(decisive.encode()).hexdigest()[:16]
     try:
-        base.mkdir(parents=True, exist_ok=True)
-        return compile_into(base, name, source, compiler)
+        cache = PrivateCache(cache_folder() / FOLDER)
+    except PermissionError as error:
+        # Also of a home in which nothing can be made, which is no reason to complain.
+        if error.errno is None:
+            notice = f"{error}, else {source.name} is compiled at every start"
+            warnings.warn(notice, stacklevel=4)
+        return compiled_code(source, compiler)
     except OSError:  # a read-only home, or none
-        return compile_into(Path(tempfile.mkdtemp(prefix="castalia-")), name, source, compiler)
+        return compiled_code(source, compiler)
+    with cache:
+        code = cache.read(key)
+        if code is None:
+            code = compiled_code(source, compiler)
+            with suppress(OSError):  # a full disk
+                cache.write(key, code)
+    return code
+
+
+def load(code: bytes, name: str) -> ctypes.CDLL:
+    """The functions of a library, from a copy of it that nothing else can change.
+
+    Raises  OSError if it is no library of this system.
+    """
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):  # a kernel that forbids it
+            return ctypes.CDLL(in_memory(code, name))
+    with tempfile.TemporaryDirectory(prefix="castalia-") as folder:
+        path = Path(folder) / f"{name}.so"
+        path.write_bytes(code)
+        return ctypes.CDLL(str(path))
+
+
+def in_memory(code: bytes, name: str) -> str:
+    """Path of a file in memory with this content, which can be read while the process lives."""
+    # Never closed: the loader knows libraries by their paths, and would take the next one that gets
+    # the number of this descriptor for this one.
+    descriptor = os.memfd_create(name)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(code)
+    return f"/proc/self/fd/{descriptor}"
 
 
 def processor() -> str:
@@ -81,24 +125,18 @@ def processor() -> str:
     )
 
 
-def compile_into(
-    folder: Path, name: str, source: Path, compiler: str, flags: Sequence[str] = FLAGS
-) -> Path:
-    """Compile under a temporary name and rename: processes that start together load whole files.
+def compiled_code(source: Path, compiler: str, flags: Sequence[str] = FLAGS) -> bytes:
+    """The library that the compiler makes of a source.
 
     Raises  CalledProcessError or TimeoutExpired if the compiler fails.
     """
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(prefix="castalia-") as folder:
+        path = Path(folder) / f"{source.stem}.so"
         # A compiler without OpenMP, as Apple's is, builds the same code for one thread.
         for threads in (["-fopenmp"], []):
-            command = [compiler, *flags, *threads, str(source), "-o", temporary]
+            command = [compiler, *flags, *threads, str(source), "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             if done.returncode == 0:
                 break
         done.check_returncode()
-        os.replace(temporary, folder / name)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return folder / name
+        return path.read_bytes()

@@ -20,6 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from castalia.core.private_cache import keep_compiled_code_private
 from castalia.distributed.boxes import local_boxes
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.context_parallel import share_rows
@@ -63,6 +64,7 @@ def parallelize(
     if world.sequence is not None:
         share_rows(model, world.sequence)
     if compiled:
+        keep_compiled_code_private()
         if world.degrees.tp > 1:
             # torch 2.13: the cache on disk finds a compiled block by its mesh, but the block has
             # the names of the process groups of the run that compiled it. Another layout, or a

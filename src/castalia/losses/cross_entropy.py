@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from castalia.core.private_cache import keep_compiled_code_private
 from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
 
@@ -275,6 +276,7 @@ def exponentials_in_place(logits: Tensor, compiled: bool) -> tuple[Tensor, Tenso
 @cache
 def compiled_exponentials() -> Any:
     """`exponentials` as one kernel."""
+    keep_compiled_code_private()
     return torch.compile(exponentials)
 
 
