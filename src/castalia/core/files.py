@@ -147,9 +147,14 @@ def claimed(folder: Path, seconds: float = 45.0, *, silent: float = 0.0) -> Iter
             # Whoever may wait in silence waits for something short.
             time.sleep(POLL_SECONDS if waited >= silent else POLL_SECONDS / 10)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(this_process())
         file.flush()
         yield
+
+
+def this_process() -> str:
+    """What a claim says of its holder."""
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def is_claimed(folder: Path) -> bool:
@@ -168,15 +173,21 @@ def locked(file: IO[Any] | int, *, shared: bool = False) -> bool:
     Shared locks exclude exclusive ones only. The lock ends when the file is closed.
     True as well where locks do not exist: on Windows, and on file systems that refuse flock.
     """
+    return lock_of(file, shared=shared) is not False
+
+
+def lock_of(file: IO[Any] | int, *, shared: bool = False) -> bool | None:
+    """As `locked`, but None where locks do not exist, so that nothing is known of other
+    processes."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return True
+        return None
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        return None
     return True

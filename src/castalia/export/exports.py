@@ -1,8 +1,6 @@
 """`export`: checkpoints to folders of other formats, each whole or absent, with card and record."""
 
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +14,7 @@ from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import hub_folder, is_hub_id
+from castalia.core.whole_folder import clear_workshops, whole_folder
 from castalia.export.activation import expressed, other_activation
 from castalia.export.card import write_card
 from castalia.export.certificate import (
@@ -32,7 +31,6 @@ from castalia.export.options import ExportOptions, ExportSpec, checked_spec
 from castalia.export.places import (
     Destination,
     destinations,
-    put_in_place,
     require_replaceable,
 )
 from castalia.export.push import Hub, Push
@@ -136,6 +134,7 @@ def export(
         hub.require_one_revision(len(places))
     earlier: dict[Path, Exported | None] = {}
     for place in places:
+        clear_workshops(place.folder.resolve().parent)
         if hub is not None and not force:
             earlier[place.folder] = same_export(place.checkpoint, place.folder, spec)
         if earlier.get(place.folder) is None:
@@ -160,28 +159,22 @@ def exported(
 
 
 def write_export(place: Destination, spec: ExportSpec) -> Exported:
-    """Write one folder under a temporary name beside its place, then rename it."""
+    """Write one folder beside its place, then let it take the name."""
     start = time.perf_counter()
     trained = open_model(place.checkpoint)
     source, changes = expressed(trained, spec.kind, spec.activation)
     work = Conversion(place, spec, trained, source, changes)
     require_expressible(work.source, spec)
     text = text_to_measure(work.source, spec)
-    final = place.folder.resolve()  # The name of `.`
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        done = fill(temporary, work, text, start)
-        put_in_place(temporary, final)
+        with whole_folder(place.folder.resolve()) as folder:  # resolved: the name of `.`
+            return fill(folder, work, text, start)
     except OSError as error:
         raise cannot_write(place.folder, error) from error
     except SafetensorError as error:
         raise CheckpointError(
             f"cannot write {place.folder}: {error}; free space or choose another place"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return done
 
 
 def fill(folder: Path, work: Conversion, text: HeldOutText | None, start: float) -> Exported:

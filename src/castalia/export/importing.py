@@ -6,9 +6,7 @@ FOLDER/README.md  import.json  certificate.json   the card, the record of the or
 
 import json
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import is_hub_id
+from castalia.core.whole_folder import clear_workshops, whole_folder
 from castalia.export.card import certificate_lines, shape
 from castalia.export.certificate import FILE as CERTIFICATE
 from castalia.export.certificate import (
@@ -35,7 +34,6 @@ from castalia.export.certificate import (
     torch_reader,
     write_certificate,
 )
-from castalia.export.places import put_in_place
 from castalia.export.written import transformers_reader
 from castalia.formats.foreign import FORMATS, find_foreign
 from castalia.formats.saved_model import (
@@ -114,24 +112,20 @@ def import_model(
     if configs and not is_neox(path):
         raise ConfigError(f"{path} is no GPT-NeoX checkpoint, and --config names files of GPT-NeoX")
     folder = Path(output)
+    place = folder.resolve()  # The name of `.`
+    clear_workshops(place.parent)
     require_replaceable(folder, force)
     source = open_model(path, configs=[Path(file) for file in configs], tokenizer=tokenizer)
-    place = folder.resolve()  # The name of `.`
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        done = write_model(temporary, source, str(path), folder, dtype)
-        measured = None
-        if certificate:
-            measured = certified(temporary, source, place.name, done.source_sha256)
-            require_close(measured, max_difference, folder)
-        done = described(temporary, source, done, measured, begin)
-        put_in_place(temporary, place)
+        with whole_folder(place) as new:
+            done = write_model(new, source, str(path), folder, dtype)
+            measured = None
+            if certificate:
+                measured = certified(new, source, place.name, done.source_sha256)
+                require_close(measured, max_difference, folder)
+            return described(new, source, done, measured, begin)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return done
 
 
 def require_options(

@@ -1,6 +1,5 @@
-"""Where exports go: their folders, what may be replaced, and the rename that puts one in place."""
+"""Where exports go: their folders, and what may be replaced."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,18 +77,3 @@ def require_replaceable(folder: Path, force: bool) -> None:
             f"{folder} is not an export (it has no {RECORD}), so --force does not replace it;"
             " choose another output"
         )
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the new folder to its name; an earlier one is deleted once the new one is in place."""
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
