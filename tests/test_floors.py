@@ -40,6 +40,7 @@ FLOORS = {
     "memorization": 12,  # completes rows of the stream
     "analysis": 13,  # pages that show what the rooms below measure
     "suites": 14,
+    "integrity": 15,  # asks every room whose files may be damaged
     "studies": 15,  # whole experiments, often over a suite: runs, measurements, a picture
     "demo": 15,
     "terminal": 16,  # options, hints and progress, which the verbs share

@@ -21,6 +21,7 @@ VERBS = (
     "study",
     "suite",
     "runs",
+    "verify",
     "audit",
     "weights",
     "intervene",

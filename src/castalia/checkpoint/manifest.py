@@ -1,11 +1,8 @@
 """The manifest of a checkpoint: its tensors, files and hashes, and every check of them."""
 
-import errno
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +17,7 @@ from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
 from castalia.core.files import locked
+from castalia.core.sealed import Seal, fault_of_file, open_regular
 from castalia.distributed.boxes import Box
 
 FORMAT = 1
@@ -192,58 +190,30 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     # Threads help, since hashlib releases the GIL.
     with ThreadPoolExecutor(4) as pool:
         faults = pool.map(
-            lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names)
+            lambda name: fault_of_entry_file(folder / name, manifest.files[name]), sorted(names)
         )
         for fault in faults:
             if fault:
                 raise DamagedCheckpointError(fault)
 
 
-def fault_of_file(path: Path, entry: FileEntry) -> str | None:
+def fault_of_entry_file(path: Path, entry: FileEntry) -> str | None:
     """Why the file differs from its entry, or None."""
-    try:
-        with open_regular(path) as file:
-            # The size costs nothing and tells a truncated file from a flipped bit.
-            size = os.fstat(file.fileno()).st_size
-            if size != entry.size:
-                return f"{path} is corrupt: it has {size} bytes, expected {entry.size}"
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except DamagedCheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot read {path}: {error.strerror or error}"
-    if digest != entry.sha256:
-        return f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
-    return None
+    return fault_of_file(path, Seal(entry.sha256, entry.size))
 
 
-def open_regular(path: Path) -> Any:
-    """Open a plain file for reading in binary.
+def open_plain(path: Path) -> Any:
+    """Open a plain file of a checkpoint for reading in binary.
 
-    A link could lead out of the checkpoint, and a pipe would never end, so both are refused.
-    Raises  DamagedCheckpointError if the file is missing or not a plain file.
+    Raises  DamagedCheckpointError if the file is missing, a link or not a plain file.
     """
-    try:
-        # O_NONBLOCK: opening a pipe without a writer would block before it could be refused.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise DamagedCheckpointError(
-            f"{path} is a symbolic link; a checkpoint holds plain files only"
-        ) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamagedCheckpointError(f"{path} is not a plain file")
-    return os.fdopen(descriptor, "rb")
+    return open_regular(path, DamagedCheckpointError, "a checkpoint")
 
 
 def read_regular(path: Path, limit: int) -> bytes:
     """All bytes of a plain file of at most `limit` bytes."""
     try:
-        with open_regular(path) as file:
+        with open_plain(path) as file:
             # One byte beyond the limit shows that there are more.
             data: bytes = file.read(limit + 1)
     except OSError as error:
@@ -283,6 +253,6 @@ def reading(folder: Path) -> Iterator[None]:
 def hold(folder: Path) -> Any:
     """A file under a shared lock: while it is open, no retention policy deletes the checkpoint in
     `folder`."""
-    file = open_regular(folder / COMPLETE)
+    file = open_plain(folder / COMPLETE)
     locked(file, shared=True)
     return file

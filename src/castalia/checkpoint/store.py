@@ -24,7 +24,7 @@ from castalia.checkpoint.manifest import (
     SAFE_NAME,
     STATE,
     DamagedCheckpointError,
-    open_regular,
+    open_plain,
 )
 from castalia.checkpoint.names import COMPLETE, STEP_NAME, step_name
 from castalia.checkpoint.save import POLL_SECONDS, RankSave, discard, texts_of
@@ -279,7 +279,7 @@ class Store:
         """Delete the checkpoint of `step` unless another process reads it; whether it was
         deleted."""
         folder = self.folder_of(step)
-        with open_regular(folder / COMPLETE) as file:
+        with open_plain(folder / COMPLETE) as file:
             # Readers hold a shared lock, so this fails while anyone reads.
             if not locked(file):
                 return False

@@ -37,6 +37,7 @@ from castalia.cli import (
     trace,
     train,
     tuning,
+    verify,
     view,
     viewing,  # noqa: F401  likewise
     weights,
@@ -90,6 +91,7 @@ PANELS = {
         intervene.intervene,
         report.report,
         view.view,
+        verify.verify,
         audit.audit,
         weights.weights,
         results.results,

@@ -1,0 +1,95 @@
+"""`castalia verify` finds what was changed, and says for which files nothing vouches."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from castalia.cli.app import app
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.files import sha256_of
+from castalia.core.sealed import Seal, SealedFiles, check_sealed
+from castalia.export.exports import export
+from castalia.integrity import check_folders
+
+
+def flip(path, at=-1):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def house(four_steps, tmp_path_factory):
+    """A folder with a run and an export of it."""
+    folder = tmp_path_factory.mktemp("house")
+    run = folder / four_steps.name
+    shutil.copytree(four_steps, run, ignore=shutil.ignore_patterns("evals", "exports", "*0001"))
+    list(export(run, to="native", output=folder / "exports"))
+    return folder
+
+
+@pytest.fixture
+def copy(house, tmp_path):
+    return shutil.copytree(house, tmp_path / "house")
+
+
+def run_verb(*words):
+    """Exit status and output of `castalia verify`."""
+    result = CliRunner().invoke(app, ["verify", *map(str, words)])
+    return result.exit_code, result.stdout
+
+
+def test_whole_folders(house):
+    status, out = run_verb(house)
+    assert status == 0, out
+    assert "all whole" in out
+    kinds = [folder.kind for folder in check_folders([house])]
+    assert {"run", "checkpoint", "export"} <= set(kinds)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*/checkpoints/*/model*.safetensors",
+        "*/checkpoints/*/manifest.json",
+        "exports/*.safetensors",
+    ],
+)
+def test_a_flip_and_a_missing_file_are_found(copy, pattern):
+    file = sorted(copy.glob(pattern))[0]
+    flip(file)
+    status, out = run_verb(copy)
+    assert status == 1
+    assert str(file) in out
+    assert "1 damaged" in out
+    file.unlink()
+    status, out = run_verb(copy, "--json")
+    assert status == 1
+    wrong = [file for folder in json.loads(out) for file in folder["files"] if file["fault"]]
+    assert len(wrong) == 1
+    assert "missing" in wrong[0]["fault"]
+
+
+def test_a_folder_without_anything_of_ours(tmp_path):
+    with pytest.raises(ConfigError, match="holds nothing that Castalia wrote"):
+        list(check_folders([tmp_path]))
+    with pytest.raises(ConfigError, match="no such path"):
+        list(check_folders([tmp_path / "absent"]))
+
+
+def test_a_content_is_hashed_once_and_a_changed_one_again(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"abc" * 1000)
+    seal = Seal(sha256_of(file), 3000)
+    seen = SealedFiles()
+    assert seen.fault(file, seal) is None
+    monkeypatch.setattr("hashlib.file_digest", None)  # a second reading would fail
+    assert seen.fault(file, seal) is None
+    monkeypatch.undo()
+    flip(file, 5)
+    assert "SHA-256" in seen.fault(file, seal)
+    with pytest.raises(CheckpointError, match="is missing; export it again"):
+        check_sealed({tmp_path / "b": seal}, "export it again")
