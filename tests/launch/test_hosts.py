@@ -305,3 +305,16 @@ def test_ctrl_c_reaches_the_ranks_of_mpirun_as_a_request_to_save(tmp_path):
         os.killpg(job.pid, signal.SIGINT)
         assert job.wait(timeout=30) == 130
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system signals an orphan")
+def test_mpirun_is_told_to_end_its_ranks_when_the_launch_is_killed(tmp_path):
+    stand_in = "trap 'echo ending; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    code = (
+        "import sys; from castalia.launch.starting import run_mpi;"
+        f" sys.exit(run_mpi(['sh', '-c', {stand_in!r}], 0))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "up\n"
+        job.kill()
+        assert job.stdout.read() == "ending\n"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.starter import STARTER
 from castalia.models.flops import active_parameters, parameter_counts
 from castalia.suites import open_suite, running
 from castalia.suites.batches import compare_batches, require_same_batches
@@ -237,3 +238,9 @@ def test_a_request_to_stop_reaches_the_member(tmp_path):
         assert running.run_command(command, file) in running.STOPPED
         stopping.join()
     assert log.read_text().split() == ["ready", "saved"]
+
+
+def test_a_member_is_told_with_which_process_it_ends(tmp_path):
+    with open(tmp_path / "train.log", "wb") as file:
+        assert running.run_command(["printenv", STARTER], file) == 0
+    assert (tmp_path / "train.log").read_text() == f"{os.getpid()}\n"

@@ -11,6 +11,10 @@ def show_warning(message: Warning | str, *place: object) -> None:
 
 def main() -> None:
     """Run the command line. A user's mistake prints one sentence on stderr and exits non-zero."""
+    from castalia.core.starter import end_with_starter
+
+    # Before the imports of a verb, which take seconds in which a launcher may die.
+    end_with_starter()
     from castalia.cli.app import app
     from castalia.core.errors import CastaliaError
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import environment
+from castalia.core.starter import end_with_starter
 from castalia.distributed.config import AXES, Degrees, ParallelConfig
 from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join, leave
@@ -97,6 +98,8 @@ class World:
         place = choose_device(device, local_rank)
         if size == 1:
             return cls(0, 1, place)
+        # Also in a script of a user's, which torchrun started without our command.
+        end_with_starter()
         if not dist.is_initialized():
             join("nccl" if place.type == "cuda" else "gloo", rank, size, config.timeout)
         return cls.arranged(rank, place, config.degrees(size), place.type)

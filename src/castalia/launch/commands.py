@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 
 from castalia.core.errors import ConfigError
+from castalia.core.starter import STARTER
 from castalia.launch.plan import LaunchPlan, passed_variables
 from castalia.launch.slurm import sbatch_command
 
@@ -104,7 +105,8 @@ def require_plain_names(plan: LaunchPlan) -> None:
 
 def pdsh(plan: LaunchPlan) -> list[str]:
     """pdsh, which starts one torchrun per host over ssh and replaces %n by the host's number."""
-    lines = [f"cd {quoted(os.getcwd())}"]
+    # The number of the host's shell, which becomes that of torchrun: the ranks end with it.
+    lines = [f"cd {quoted(os.getcwd())}", f"export {STARTER}=$$"]
     for name, value in passed_variables(plan.config).items():
         lines.append(f"export {name}={quoted(value)}")
     if plan.selects_slots or not plan.is_uniform:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
+from castalia.core.starter import STARTER, end_by_kernel
 from castalia.launch.commands import BUILDERS, NEEDED, TOOLS
 from castalia.launch.hostfile import Hosts
 from castalia.launch.plan import LaunchPlan, require_gpus
@@ -49,6 +51,9 @@ def start(plan: LaunchPlan) -> int:
     sys.stdout.flush()
     if config.launcher == "mpi":
         return run_mpi(command, config.max_restarts)
+    if config.launcher == "torchrun":
+        # exec keeps the number of this process: torchrun has it, and its ranks end with it.
+        os.environ[STARTER] = str(os.getpid())
     os.execvp(command[0], command)
 
 
@@ -168,7 +173,9 @@ def run_mpi(command: list[str], restarts: int) -> int:
             signal.signal(name, stop)
     for attempt in range(restarts + 1):
         # Out of the terminal's reach, whose Ctrl-C mpirun answers by killing the ranks.
-        mpirun = subprocess.Popen(command, start_new_session=True)
+        # If this process is killed, SIGTERM has mpirun end its ranks.
+        end_with_us = partial(end_by_kernel, signal.SIGTERM)
+        mpirun = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_us)
         running.append(mpirun)
         if stopped:
             # Asked while it began.

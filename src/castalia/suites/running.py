@@ -17,6 +17,7 @@ from castalia.config.anchor import CONFIG
 from castalia.config.base import Dumper
 from castalia.core.errors import TrainingError
 from castalia.core.files import atomic_write
+from castalia.core.starter import STARTER
 from castalia.models.flops import parameter_counts
 from castalia.monitor import duration, quantity
 from castalia.suites.batches import require_same_batches
@@ -118,7 +119,12 @@ def run_command(command: list[str], log: IO[bytes]) -> int:
         code = 0
         if not asked:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # If this process is killed, the member saves and ends.
+                env=os.environ | {STARTER: str(os.getpid())},
             )
             running.append(process)
             if signal.SIGTERM in asked:
