@@ -14,11 +14,13 @@ import pytest
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.curate import joining as joining_module
+from castalia.curate.dedup import dedup
 from castalia.curate.describe import describe
 from castalia.curate.joining import merge, split
 from castalia.curate.resharding import shard
 from castalia.curate.verify import hash_list, read_hashes, verify
 from castalia.data import IndexedDataset, IndexedDatasetWriter, split_documents
+from castalia.data.seals import FILES, OWN
 
 HASHES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "pythia_shard_hashes.txt"
 
@@ -124,6 +126,7 @@ def test_merge_refuses(token_file, tmp_path, prepared):
         merge([small], small + ".idx")
     other = json.loads(Path(prepared + ".json").read_text())
     other["tokenizer"]["sha256"] = "0" * 64
+    del other[OWN]
     Path(small + ".json").write_text(json.dumps(other))
     with pytest.raises(DataError, match=r"small and .*p were made with different tokenizers"):
         merge([prepared, small], tmp_path / "out")
@@ -248,8 +251,53 @@ def test_other_lists(tmp_path):
 
 def test_a_prepared_file_is_right(prepared):
     checks = list(verify([prepared]))
-    assert [check.about for check in checks] == ["structure", "record", "ids", "hash", "index"]
-    assert all(check.ok for check in checks)
+    about = [check.about for check in checks]
+    assert about == ["structure", "record", "ids", "index", "hash", "hash", "hash"]
+    assert all(check.ok and not check.note for check in checks)
+    files = {Path(check.file).name for check in checks if check.about == "hash"}
+    assert files == {"p.bin", "p.idx", "p.documents.parquet"}
+
+
+def test_every_flipped_bit_of_a_written_prefix_is_found(prepared, tmp_path):
+    """In each file of every writer, and each file that is lost."""
+    merge([prepared, prepared], tmp_path / "m")
+    dedup([prepared], tmp_path / "d")
+    split(tmp_path / "m", tmp_path / "s", parts=2)
+    shard(prepared, tmp_path / "cut", size=9)
+    prefixes = [prepared, *(str(tmp_path / name) for name in ("m", "d", "s-part0", "cut/p"))]
+    dice = random.Random(0)
+    for prefix in prefixes:
+        assert not faults(prefix)
+        paths = sorted(Path(prefix).parent.glob(f"{Path(prefix).name}[.-]*"))
+        assert len(paths) >= 4
+        for path in paths:
+            whole = path.read_bytes()
+            for _ in range(3 if whole else 0):
+                flipped = bytearray(whole)
+                flipped[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+                path.write_bytes(flipped)
+                assert faults(prefix), path
+            path.unlink()
+            assert faults(prefix) or path.suffix == ".json", path
+            path.write_bytes(whole)
+        assert not faults(prefix)
+
+
+def test_files_of_older_versions_are_not_covered(prepared, token_file):
+    record = json.loads(Path(prepared + ".json").read_text())
+    del record[OWN], record[FILES]
+    Path(prepared + ".json").write_text(json.dumps(record))
+    notes = [check.note for check in verify([prepared]) if check.note]
+    assert len(notes) == 3 and all(note.startswith("not covered: ") for note in notes)
+    foreign = token_file("foreign", [1])
+    assert [bool(check.note) for check in verify([foreign])] == [False, True, True]
+    # A list beside it covers it, and is compared without being named.
+    Path(foreign + ".sha256").write_text(
+        "".join(f"{name} {digest}\n" for name, digest in hash_list(foreign).items())
+    )
+    assert not any(check.note for check in verify([foreign]))
+    flip_token(foreign)
+    assert any("SHA-256 is" in fault for fault in faults(foreign))
 
 
 def flip_token(prefix):
@@ -281,6 +329,7 @@ def boundaries(prefix):
 
 def another_record(prefix):
     record = json.loads(Path(prefix + ".json").read_text()) | {"documents": 4}
+    del record[OWN]  # as written by hand
     Path(prefix + ".json").write_text(json.dumps(record))
 
 

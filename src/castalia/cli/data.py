@@ -215,10 +215,10 @@ def verify(
     ] = SHARD_BYTES,
     as_json: AsJson = False,
 ) -> None:
-    """Check the structure of token files, their .json record, and hashes from a list.
+    """Check token files: structure, .json record, and hashes from the record and from a list.
 
-    Any finding is a failure, also a file that the list names but the disk lacks, and a file of
-    the prefix that the list lacks.
+    By default the list is PREFIX.sha256, if there is one. Any finding is a failure, also a file
+    that the list names but the disk lacks, and a file of the prefix that the list lacks.
 
     Example:
 
@@ -242,7 +242,10 @@ def verify(
             typer.echo(json.dumps(asdict(result) | {"ok": result.ok}))
             continue
         verdict = "ok  " if result.ok else "FAIL"
-        typer.echo(f"{verdict} {result.about:9} {result.file}: {result.wrong or 'right'}")
+        if result.note:
+            verdict = "note"
+        words = result.wrong or result.note or "right"
+        typer.echo(f"{verdict} {result.about:9} {result.file}: {words}")
     failures = sum(not result.ok for result in results)
     if failures:
         raise DataError(f"{failures} of {len(results)} checks failed")

@@ -20,6 +20,7 @@ from castalia.data import IndexedDataset, IndexedDatasetWriter
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import contents
 from castalia.data.labels import IGNORED, open_labels
+from castalia.data.sidecar import close_with_record
 
 FORMAT = 1
 """Raised when the same files come to mean others."""
@@ -100,10 +101,12 @@ def write(files: Mismatched, tokens: IndexedDataset, labels: IndexedDataset) -> 
         for document, other in enumerate(partner):
             prompt = tokens[document][: begins[document]]
             writer.add(np.concatenate([prompt, tokens[other][begins[other] :]]))
+        close_with_record(writer, files.tokens, {"mismatched_of": tokens.prefix})
     with IndexedDatasetWriter(files.labels, np.int32) as writer:
         for document, other in enumerate(partner):
             prompt = np.full(begins[document], IGNORED, np.int32)
             writer.add(np.concatenate([prompt, labels[other][begins[other] :].astype(np.int32)]))
+        close_with_record(writer, files.labels, {"labels_of": Path(files.tokens).name})
 
 
 def partners(count: int, where: str) -> NDArray[np.int64]:

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError, DataError, nearest
@@ -31,7 +30,7 @@ from castalia.corpus.preflight import (
     train_tokenizer,
 )
 from castalia.corpus.prepared import Prepared, record_of, summary, warnings_about, without_text
-from castalia.corpus.provenance import REJECTS, arrow
+from castalia.corpus.provenance import arrow
 from castalia.corpus.readers import require_text
 from castalia.corpus.same_job import finished_before, job_facts
 from castalia.corpus.work_folder import WorkFolder
@@ -189,7 +188,6 @@ class PrepareRun:
             for i in range(len(self.work.prefixes))
         ]
         self.work.finish(records)
-        self.work.write_rejects(Path(self.job.output + REJECTS))
         return prepared
 
     def encode_parts(self) -> None:

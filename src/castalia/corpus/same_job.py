@@ -16,6 +16,7 @@ from castalia.corpus.job import PrepareJob
 from castalia.corpus.options import PrepareOptions, document_end
 from castalia.corpus.prepared import Prepared
 from castalia.corpus.provenance import REJECTS, SUFFIX
+from castalia.data.seals import seals_of
 from castalia.data.sidecar import (
     end_of_record,
     read_record,
@@ -174,7 +175,10 @@ def is_whole(prefix: str, record: dict[str, Any], job: PrepareJob, output: int) 
         names.append(job.output + REJECTS)
     if not all(Path(name).is_file() for name in names):
         return False
-    # Its hash would tell more, but takes as long as reading all tokens.
+    # Hashes would tell more, but take as long as reading all tokens.
+    seals = seals_of(prefix, record).values()
+    if any(seal.bytes not in (None, seal.size) for seal in seals):
+        return False
     return Path(names[0]).stat().st_size == record["tokens"] * own.dtype.itemsize
 
 

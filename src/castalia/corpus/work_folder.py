@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from castalia.core.errors import ConfigError
-from castalia.core.files import atomic_write, cannot_write, write_json
+from castalia.core.files import cannot_write, write_json
 from castalia.corpus import provenance
 from castalia.corpus.documents import Fault, fault_sentence
 from castalia.corpus.forms import TOKENS
@@ -32,7 +32,9 @@ from castalia.corpus.part_files import (
 )
 from castalia.corpus.parts import JobPart
 from castalia.data.indexed import give_names, write_index
+from castalia.data.seals import HashedFile, entries_of, entry, sealed
 
+REJECTS_OF_JOB = "whole.rejects.jsonl"
 MOMENT = "moment"
 """File with the time that chat templates of the job are told."""
 MOST_UNFLUSHED = 8
@@ -234,40 +236,57 @@ class WorkFolder:
             self.flushes.popleft().result()
 
     def finish(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write the .idx, the document index and the .json of each output; then rename all files.
+        """Write the .idx, the document index and the .json of each output, and the rejects; then
+        rename all files.
 
-        `records` are the contents of the .json files.
+        `records` are the contents of the .json files, which are sealed here.
         """
         written: list[tuple[Path, Path]] = []
         try:
             self.wait(0)
+            rejects = self.write_rejects()
+            rejected = Path(self.job.output + provenance.REJECTS)
             for i, (prefix, record) in enumerate(zip(self.prefixes, records, strict=True)):
-                written.append((self.whole(i), Path(prefix + ".bin")))
-                written.append((self.write_idx(i), Path(prefix + ".idx")))
+                tokens = entry(self.wholes[i].tell(), self.digests[i].hexdigest())
+                files = {".bin": tokens, ".idx": self.write_idx(i)}
                 if self.job.documents and self.outputs[i].kind == TOKENS:
-                    path = self.folder / f"whole.{i}.parquet"
-                    with open(path, "wb") as file:
+                    with HashedFile(self.folder / f"whole.{i}{provenance.SUFFIX}") as file:
                         names = self.job.wanted.metadata_names
                         provenance.write_index(file, self.index_tables(i), names)
-                    written.append((path, Path(prefix + provenance.SUFFIX)))
+                        files[provenance.SUFFIX] = file.sync()
                 path = self.folder / f"whole.{i}.json"
-                write_json(path, record)
-                written.append((path, Path(prefix + ".json")))
+                written += [
+                    (self.folder / f"whole.{i}{name}", Path(prefix + name)) for name in names
+                ]
+                if rejects:
+                    # One file for all outputs, whose prefixes may be longer than its own.
+                    own = prefix == self.job.output
+                    files[provenance.REJECTS if own else rejected.name] = rejects
+                files |= self.tokenizer_entry(prefix)
+                write_json(path, sealed(record, files))
+            if rejects:
+                written.append((self.folder / REJECTS_OF_JOB, rejected))
             # Only now, when every file is complete: no reader ever sees a part of an output.
             give_names(written)
+            if not rejects:
+                rejected.unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(Path(self.job.output + ".bin"), error) from error
 
-    def write_idx(self, output: int) -> Path:
-        """Write the .idx of one output."""
-        path = self.folder / f"whole.{output}.idx"
+    def tokenizer_entry(self, prefix: str) -> dict[str, Any]:
+        """The entry of the tokenizer's file, if it lies beside the token file."""
+        where = Path(self.job.tokenizer.where)
+        if not where.is_file() or where.resolve().parent != Path(prefix).resolve().parent:
+            return {}
+        return entries_of(prefix, [where.name])
+
+    def write_idx(self, output: int) -> dict[str, Any]:
+        """Write the .idx of one output; returns its entry in the record."""
         documents = sum(record.outputs[output]["documents"] for record in self.done)
-        with open(path, "wb") as file:
+        with HashedFile(self.folder / f"whole.{output}.idx") as file:
             dtype = self.outputs[output].dtype
             write_index(file, dtype, documents, lambda: self.all_sizes(output))
-            file.flush()
-            os.fsync(file.fileno())
-        return path
+            return file.sync()
 
     def all_sizes(self, output: int) -> Iterator[Any]:
         """Tokens of each document, part by part."""
@@ -281,17 +300,17 @@ class WorkFolder:
             sources = [(place.path, place.member) for place in places]
             yield provenance.placed(path, sources, [place.lines_before for place in places])
 
-    def write_rejects(self, path: Path) -> int:
-        """Write the rejected documents as JSON lines and return their number; no file if none."""
-        count = self.rejected
-        if not count:
-            path.unlink(missing_ok=True)
-            return 0
-        with atomic_write(path) as file:
+    def write_rejects(self) -> dict[str, Any] | None:
+        """Write the rejected documents as JSON lines; returns their entry in the record.
+
+        None, and no file, if none was rejected.
+        """
+        if not self.rejected:
+            return None
+        with HashedFile(self.folder / REJECTS_OF_JOB) as file:
             for reject in self.rejects():
-                json.dump(reject, file, ensure_ascii=False)
-                file.write("\n")
-        return count
+                file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
+            return file.sync()
 
     def rejects(self, within: str = "") -> Iterator[dict[str, Any]]:
         """The rejected documents of all parts in order, those whose JSON contains `within`."""

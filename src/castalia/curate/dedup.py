@@ -189,25 +189,23 @@ def dedup(
     documents = KeptDocuments(datasets, near)
     kept = [np.ones(len(dataset), np.bool_) for dataset in datasets]
     dropped = {"equal": 0, "near": 0}
-    with (
-        IndexedDatasetWriter(prefix, datasets[0].dtype) as writer,
-        atomic_write(prefix + REPORT) as report,
-    ):
-        for file, dataset in enumerate(datasets):
-            for position in range(len(dataset)):
-                match = documents.match(int(documents.starts[file]) + position)
-                if match is None:
-                    writer.add(dataset[position])
-                else:
-                    kept[file][position] = False
-                    dropped["equal" if match.equal else "near"] += 1
-                    line = report_line(dataset, position, match, documents)
-                    report.write(json.dumps(line, ensure_ascii=False) + "\n")
-                if on_bytes:
-                    on_bytes(int(dataset.sizes[position]) * dataset.dtype.itemsize)
+    with IndexedDatasetWriter(prefix, datasets[0].dtype) as writer:
+        with atomic_write(prefix + REPORT) as report:
+            for file, dataset in enumerate(datasets):
+                for position in range(len(dataset)):
+                    match = documents.match(int(documents.starts[file]) + position)
+                    if match is None:
+                        writer.add(dataset[position])
+                    else:
+                        kept[file][position] = False
+                        dropped["equal" if match.equal else "near"] += 1
+                        line = report_line(dataset, position, match, documents)
+                        report.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    if on_bytes:
+                        on_bytes(int(dataset.sizes[position]) * dataset.dtype.itemsize)
         filter_indexes(prefix, datasets, kept)
         summary = {"dedup": {**job, "dropped": dropped}}
-        return close_with_record(writer, prefix, {**facts, **summary})
+        return close_with_record(writer, prefix, {**facts, **summary}, (SUFFIX, REPORT))
 
 
 def require_alike(datasets: Sequence[IndexedDataset]) -> None:

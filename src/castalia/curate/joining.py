@@ -69,7 +69,7 @@ def merge(
         writer.doc_idx = np.concatenate(boundaries)
         # Written before the record: a record promises that all files of a prefix are there.
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
-        return close_with_record(writer, prefix, {**facts, **merged})
+        return close_with_record(writer, prefix, {**facts, **merged}, (SUFFIX, REJECTS))
 
 
 def input_facts(datasets: Sequence[IndexedDataset]) -> list[dict[str, Any]]:
@@ -208,7 +208,8 @@ def split(
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
             writer.doc_idx = doc_idx_within(boundaries, documents)
             slice_side_file(dataset.prefix, documents, target)
-            records.append(close_with_record(writer, target, {**facts, **origins[name]}))
+            origin = {**facts, **origins[name]}
+            records.append(close_with_record(writer, target, origin, [SUFFIX]))
     return records
 
 

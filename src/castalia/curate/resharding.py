@@ -7,6 +7,7 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
+from castalia.data.seals import path_of, seals_of
 from castalia.data.shards import (
     SHARD_BYTES,
     Joined,
@@ -16,6 +17,7 @@ from castalia.data.shards import (
     find_shards,
     join_shards,
 )
+from castalia.data.sidecar import read_record
 
 CHUNK_DOCUMENTS = 1 << 20
 """Documents whose ends are computed at a time: 8 MiB of int64."""
@@ -30,8 +32,8 @@ def shard(
 ) -> list[Path]:
     """Cut PREFIX.bin into shards of `size` bytes in the folder `output`; returns their paths.
 
-    PREFIX.idx and PREFIX.json are copied along. Repeating the call keeps the shards that are
-    already correct.
+    PREFIX.idx, PREFIX.json and the files that this names are copied along. Repeating the call keeps
+    the shards that are already correct.
     Raises  DataError if the token file is damaged; ConfigError if it is sharded already; see
             `shards.cut_shards`.
     """
@@ -57,8 +59,9 @@ def unshard(
 ) -> Joined:
     """Join the shards of a prefix into `output`/BASE.bin, by default beside them.
 
-    .idx and .json are copied along. Repeating an interrupted call continues it; repeating a
-    finished one compares the files. `hashes` maps file names to SHA-256, such as Pythia's list.
+    The other files of the prefix are copied along. Repeating an interrupted call continues it;
+    repeating a finished one compares the files. `hashes` maps file names to SHA-256, such as
+    Pythia's list.
     Raises  DataError if a shard is missing or has another size or hash, or if the shards do not
             end with the last document; ConfigError if the .bin exists with other bytes; see
             `shards.join_shards`.
@@ -101,9 +104,11 @@ def refuse_other_neighbours(source: str | os.PathLike[str], target: Path) -> Non
 
 
 def copy_neighbours(source: str | os.PathLike[str], target: Path) -> None:
-    """Copy the .idx and .json of one prefix to another."""
-    for suffix in (".idx", ".json"):
-        copy_beside(Path(str(source) + suffix), target.with_name(target.name + suffix))
+    """Copy all files of one prefix but its tokens beside others; the record last."""
+    record = read_record(source) or {}
+    names = [name for name in seals_of(str(source), record) if name not in (".bin", ".idx")]
+    for name in (".idx", *names, ".json"):
+        copy_beside(path_of(str(source), name), path_of(str(target), name))
 
 
 def last_byte(dataset: IndexedDataset) -> int:

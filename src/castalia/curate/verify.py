@@ -3,24 +3,30 @@
 Checks go on after a fault, so that one run reports all of them.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from castalia.core.errors import DataError
-from castalia.core.files import CHUNK_BYTES, several
-from castalia.corpus.provenance import NO_INDEX, SUFFIX, index_fault
+from castalia.core.files import several
+from castalia.corpus.provenance import NO_INDEX, REJECTS, SUFFIX, index_fault
+from castalia.curate.dedup import REPORT
 from castalia.curate.joining import boundaries_fit
 from castalia.data.indexed import IndexedDataset, without_suffix
+from castalia.data.seals import OWN, fault_of, path_of, seals_of
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 from castalia.data.sidecar import read_record
 
 SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
+LIST = ".sha256"
+"""Suffix of a list of hashes that lies beside a token file."""
+SUFFIXES = (".bin", ".idx", SUFFIX, REJECTS, REPORT)
+"""Files of a prefix that a record of an older version has no hash of."""
 CHUNK = 1 << 20
 """Documents, or tokens, checked at a time: bounds the memory on files of 10^11 tokens."""
 
@@ -29,12 +35,14 @@ CHUNK = 1 << 20
 class Check:
     """The result of one check: the file as the user knows it, the subject, and the fault if any.
 
-    `about` is `structure`, `record`, `index`, `ids` or `hash`. `wrong` is a sentence, or None.
+    `about` is `structure`, `record`, `index`, `ids` or `hash`. `wrong` is a sentence, or None;
+    `note` is one about a file that nothing is known of.
     """
 
     file: str
     about: str
     wrong: str | None = None
+    note: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -89,25 +97,62 @@ def verify(
     structure  Both files are whole, documents lie back to back, doc_idx spans all sequences, and
                nothing follows the last document.
     index      The document index, if there is one, has the .idx's number of tokens per document.
-    record     Counts, dtype, vocabulary and hash are those of PREFIX.json, if there is one.
-    hash       With `hashes`, every listed file of the prefix exists and has its hash, and every
-               existing file is listed. A list of shards also checks a whole .bin, `shard_bytes`
-               at a time.
+    record     Counts, dtype and vocabulary are those of PREFIX.json, if there is one, and it is as
+               it was written.
+    hash       Every file has the size and the hash that PREFIX.json has of it. With `hashes`, by
+               default those in PREFIX.sha256 if there is one, every listed file of the prefix
+               exists and has its hash, and every existing file is listed. A list of shards also
+               checks a whole .bin, `shard_bytes` at a time.
     """
     for prefix in several(prefixes):
         base = base_of(without_suffix(prefix))
+        record, wrong_record = record_of_prefix(base)
         try:
             dataset = IndexedDataset(base)
         except DataError as error:
             yield Check(base, "structure", str(error))
         else:
             yield Check(base, "structure", structure_fault(dataset))
-            yield from record_checks(dataset, on_bytes)
+            if record:
+                yield from record_checks(dataset, record)
             wrong = index_fault(dataset.prefix, dataset.sizes)
             if wrong is not NO_INDEX:
                 yield Check(dataset.prefix + SUFFIX, "index", wrong or None)
-        if hashes is not None:
-            yield from hash_checks(Path(base), hashes, shard_bytes, on_bytes)
+        if wrong_record:
+            yield Check(f"{base}.json", "record", wrong_record)
+        listed = hashes
+        if listed is None and Path(base + LIST).is_file():
+            listed = read_hashes(base + LIST)
+        if listed is not None:
+            yield from hash_checks(Path(base), listed, shard_bytes, on_bytes)
+        yield from seal_checks(base, record, listed or {}, on_bytes)
+
+
+def record_of_prefix(base: str) -> tuple[dict[str, Any], str | None]:
+    """The record of a prefix, and what is wrong with it; {} without one."""
+    try:
+        return read_record(base) or {}, None
+    except DataError as error:
+        return {}, str(error)
+
+
+def seal_checks(
+    base: str, record: dict[str, Any], listed: Mapping[str, str], on_bytes: OnBytes | None
+) -> Iterator[Check]:
+    """Checks of every file that the record has the hash of, and a note on each that it has not."""
+    try:
+        seals = seals_of(base, record)
+    except DataError:  # shards are missing, which the structure says
+        seals = {}
+    for name, seal in seals.items():
+        fault = fault_of(seal, on_bytes if name == ".bin" else None)
+        yield Check(str(path_of(base, name)), "hash", fault)
+    if record and OWN not in record:
+        yield Check(f"{base}.json", "hash", note="not covered: it does not have its own hash")
+    for suffix in SUFFIXES:
+        path = path_of(base, suffix)
+        if suffix not in seals and path.name not in listed and path.exists():
+            yield Check(str(path), "hash", note=f"not covered: no {path.stem}.json has its hash")
 
 
 def structure_fault(dataset: IndexedDataset) -> str | None:
@@ -138,16 +183,9 @@ def structure_fault(dataset: IndexedDataset) -> str | None:
     return None
 
 
-def record_checks(dataset: IndexedDataset, on_bytes: OnBytes | None) -> Iterator[Check]:
-    """Checks against PREFIX.json, if there is one."""
+def record_checks(dataset: IndexedDataset, record: Mapping[str, Any]) -> Iterator[Check]:
+    """Checks against PREFIX.json."""
     name = f"{dataset.prefix}.json"
-    try:
-        record = read_record(dataset.prefix)
-    except DataError as error:
-        yield Check(name, "record", str(error))
-        return
-    if record is None:
-        return
     actual = {
         "documents": len(dataset),
         "tokens": int(dataset.sizes.sum(dtype=np.int64)),
@@ -162,15 +200,6 @@ def record_checks(dataset: IndexedDataset, on_bytes: OnBytes | None) -> Iterator
     vocab_size = record.get("vocab_size")
     if isinstance(vocab_size, int):
         yield Check(f"{dataset.prefix}.bin", "ids", vocabulary_fault(dataset, vocab_size))
-    recorded = record.get("bin_sha256")
-    if isinstance(recorded, str):
-        digest = hashlib.sha256()
-        for start in range(0, len(dataset.buffer), CHUNK_BYTES):
-            chunk = dataset.buffer[start : start + CHUNK_BYTES]
-            digest.update(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
-        yield Check(f"{dataset.prefix}.bin", "hash", hash_fault(digest.hexdigest(), recorded))
 
 
 def vocabulary_fault(dataset: IndexedDataset, vocab_size: int) -> str | None:

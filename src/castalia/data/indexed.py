@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from castalia.core.errors import DataError
 from castalia.core.files import cannot_write
 from castalia.data.mapped import Buffer, MappedFile, MappedShards
+from castalia.data.seals import HashedFile, entry
 from castalia.data.shards import base_of, find_shards
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -235,7 +236,7 @@ class IndexedDatasetWriter:
 
     Use it as a context manager, or call `close` (keep) or `abort` (leave nothing). `doc_idx` may be
     set before closing; None makes each sequence a document. `digest` is the SHA-256 of the tokens
-    so far, after `close` that of the .bin.
+    so far, after `close` that of the .bin; `entries` are then those of both files for a record.
 
     Raises  DataError if a token does not fit the dtype; CastaliaError if the files cannot be
             written.
@@ -256,6 +257,7 @@ class IndexedDatasetWriter:
         self.sizes = array("i")
         self.doc_idx: NDArray[np.int64] | None = None
         self.digest = hashlib.sha256()
+        self.entries: dict[str, dict[str, Any]] = {}
         self.tokens = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,21 +318,20 @@ class IndexedDatasetWriter:
             return
         sizes = np.frombuffer(self.sizes, dtype=np.int32) if self.sizes else np.empty(0, np.int32)
         try:
-            self.sync(self.file)
-            with open(self.temporary_idx, "wb") as index:
+            self.file.flush()
+            # The contents reach the disk before the name does.
+            os.fsync(self.file.fileno())
+            self.file.close()
+            size = self.tokens * self.dtype.itemsize
+            self.entries[".bin"] = entry(size, self.digest.hexdigest())
+            with HashedFile(self.temporary_idx) as index:
                 write_index(index, self.dtype, len(sizes), lambda: [sizes], self.doc_idx)
-                self.sync(index)
+                self.entries[".idx"] = index.sync()
             renames = [(self.temporary_bin, self.bin_path), (self.temporary_idx, self.idx_path)]
             give_names(renames)
         except OSError as error:
             self.abort()
             raise cannot_write(self.bin_path, error) from error
-
-    def sync(self, file: IO[bytes]) -> None:
-        """Close a file after its contents have reached the disk, which must precede the rename."""
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
 
     def abort(self) -> None:
         """Close and delete the temporary files."""

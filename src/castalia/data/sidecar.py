@@ -2,13 +2,21 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import write_json
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter
+from castalia.data.seals import (
+    entries_of,
+    fault_of,
+    path_of,
+    require_own,
+    sealed,
+    seals_of,
+)
 from castalia.data.shards import base_of
 from castalia.tokenizers.tokenizer import Tokenizer
 
@@ -19,11 +27,12 @@ REMEDY = "choose another --output, or replace it with --overwrite"
 def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The record of a token file; None without one, as beside GPT-NeoX's files.
 
-    Raises  DataError if it is not a JSON object.
+    Raises  DataError if it is not a JSON object, or not as it was written.
     """
     path = Path(os.fspath(prefix) + ".json")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        record = json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -35,14 +44,21 @@ def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
             f"{path}: not the JSON record of a token file: expected an object, got"
             f" {type(record).__name__}; remove it"
         )
+    require_own(path, text, record)
     return record
 
 
 def close_with_record(
-    writer: IndexedDatasetWriter, prefix: str, origin: dict[str, Any]
+    writer: IndexedDatasetWriter,
+    prefix: str,
+    origin: dict[str, Any],
+    beside: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Close a token file and write its record: counts, hash and `origin`, what it was made from.
-    Returns the record."""
+    """Close a token file and write its record: counts, hashes and `origin`, what it was made from.
+
+    `beside` are the suffixes of other files of the prefix, which are hashed where they exist.
+    Returns the record.
+    """
     record = {
         "prefix": Path(prefix).name,
         "documents": len(writer.sizes),
@@ -52,9 +68,23 @@ def close_with_record(
         **origin,
     }
     writer.close()
+    files = {**writer.entries, **entries_of(prefix, beside)}
     # Last: a record without its token file would describe nothing.
-    write_json(prefix + ".json", record)
-    return record
+    whole = sealed(record, files)
+    write_json(prefix + ".json", whole)
+    return whole
+
+
+def faults_of(prefix: str) -> Iterator[str]:
+    """A sentence about each file of a prefix that is not as its record says, by reading all."""
+    try:
+        seals = seals_of(prefix, read_record(prefix) or {})
+    except DataError as error:
+        yield str(error)
+        return
+    for name, seal in seals.items():
+        if fault := fault_of(seal):
+            yield f"{path_of(prefix, name)} {fault}"
 
 
 def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from castalia.data import Batch, BlendedRows, IndexedDataset, IndexedDatasetWrit
 from castalia.data.document_rows import DocumentRows
 from castalia.data.fingerprint import contents
 from castalia.data.served import ServedRows
+from castalia.data.sidecar import close_with_record, faults_of
 from castalia.data.sources import Files
 from castalia.data.step_reader import PADDING_ROW
 from castalia.distributed import World
@@ -202,8 +203,11 @@ class Cache:
     def file_of(self, files: Files) -> IndexedDataset:
         """The references of one token file."""
         place = self.place_of(files)
-        found = self.world.agree(int(Path(f"{place}.idx").exists()))
-        if not found:
+        kept = self.world.leads and Path(f"{place}.idx").exists()
+        if kept and any(faults_of(place)):
+            say(f"{place}.bin is damaged: computed again")
+            kept = False
+        if not self.world.agree(int(kept)):
             self.make(files, place)
             self.world.wait()
         return IndexedDataset(place)
@@ -247,7 +251,7 @@ class Cache:
                     writer.add(row[:size])
                 document += 1
         if writer is not None:
-            writer.close()
+            close_with_record(writer, place, {"reference_of": tokens.prefix})
         # FSDP keeps the weights of a model's first level gathered for a backward pass.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):

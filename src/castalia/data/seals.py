@@ -1,0 +1,165 @@
+"""What PREFIX.json says of the files of its prefix: size and SHA-256 of each, and of the record
+itself.
+
+Every writer of token files seals its record here; records of older versions have the hash of the
+.bin at most, and what they lack is not covered.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from castalia.core.errors import DataError
+from castalia.core.files import CHUNK_BYTES
+from castalia.data.shards import OnBytes, find_shards
+
+FILES = "files"
+"""Key of the files: by suffix, as `.idx`, or by name where it does not begin with the prefix."""
+OWN = "record_sha256"
+"""Key of the hash of the record, written without this key. The last one."""
+
+
+class Seal(NamedTuple):
+    """Files that are hashed as one, and what they must be: a .bin may lie in shards."""
+
+    paths: tuple[Path, ...]
+    bytes: int | None
+    """Size of all, None where it is not known."""
+    sha256: str
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the files as they are now; None if one is missing."""
+        try:
+            return sum(path.stat().st_size for path in self.paths)
+        except FileNotFoundError:
+            return None
+
+
+class HashedFile(io.BufferedWriter):
+    """A file that is hashed as it is written, from its beginning to its end."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(open(path, "wb", buffering=0), CHUNK_BYTES)  # noqa: SIM115
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Append, as every file does."""
+        self.digest.update(data)
+        return super().write(data)
+
+    def sync(self) -> dict[str, Any]:
+        """Bring the contents to the disk; returns their entry in a record."""
+        self.flush()
+        os.fsync(self.fileno())
+        return entry(self.tell(), self.digest.hexdigest())
+
+
+def entry(size: int, sha256: str) -> dict[str, Any]:
+    """The entry of a file in a record."""
+    return {"bytes": size, "sha256": sha256}
+
+
+def entries_of(prefix: str, suffixes: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The entries of those files that exist, by reading them."""
+    entries = {}
+    for suffix in suffixes:
+        path = path_of(prefix, suffix)
+        if path.is_file():
+            entries[suffix] = entry(path.stat().st_size, hash_of([path]))
+    return entries
+
+
+def path_of(prefix: str, name: str) -> Path:
+    """The file that a record calls by its suffix or its name."""
+    if name.startswith("."):
+        return Path(prefix + name)
+    return Path(prefix).parent / name
+
+
+def sealed(record: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the entries of its files and its own hash."""
+    whole = {**record, FILES: dict(files)}
+    return {**whole, OWN: hashlib.sha256(as_text(whole).encode()).hexdigest()}
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """A record as `write_json` writes it."""
+    return json.dumps(record, indent=1) + "\n"
+
+
+def require_own(path: Path, text: str, record: Mapping[str, Any]) -> None:
+    """Compare a record with its own hash, if it has one.
+
+    Raises  DataError.
+    """
+    without = {name: value for name, value in record.items() if name != OWN}
+    if OWN not in record:
+        return
+    digest = hashlib.sha256(as_text(without).encode()).hexdigest()
+    # The text as well: a changed space is a changed file.
+    if record[OWN] != digest or as_text(record) != text:
+        raise DataError(
+            f"{path} is damaged: its SHA-256 is not the one in its last line; copy it again, or"
+            f" prepare again with --overwrite; if it was edited on purpose, remove {OWN} from it"
+        )
+
+
+def seals_of(prefix: str, record: Mapping[str, Any]) -> dict[str, Seal]:
+    """The files of a prefix that its record has the hash of, by suffix or name."""
+    entries: dict[str, Any] = {}
+    if isinstance(record.get("bin_sha256"), str):
+        # All that records of older versions have.
+        entries[".bin"] = {"sha256": record["bin_sha256"]}
+    if isinstance(record.get(FILES), dict):
+        entries |= record[FILES]
+    seals = {}
+    for name, facts in entries.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
+            continue
+        paths = bin_paths(prefix) if name == ".bin" else [path_of(prefix, name)]
+        seals[name] = Seal(tuple(paths), facts.get("bytes"), facts["sha256"])
+    return seals
+
+
+def bin_paths(prefix: str) -> Sequence[Path]:
+    """The .bin, or the shards in its place.
+
+    Raises  DataError if shards are missing.
+    """
+    whole = Path(prefix + ".bin")
+    if whole.exists():
+        return [whole]
+    return find_shards(prefix) or [whole]
+
+
+def hash_of(paths: Iterable[Path], on_bytes: OnBytes | None = None) -> str:
+    """Hex SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                if on_bytes:
+                    on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+def fault_of(seal: Seal, on_bytes: OnBytes | None = None) -> str | None:
+    """What is wrong with files, by reading them; None if they are right."""
+    size = seal.size
+    if size is None:
+        return "is missing; copy or prepare the file again"
+    if seal.bytes not in (None, size):
+        return f"has {size} bytes, expected {seal.bytes}; copy or prepare the file again"
+    try:
+        digest = hash_of(seal.paths, on_bytes)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if digest != seal.sha256:
+        return f"SHA-256 is {digest}, expected {seal.sha256}; copy or prepare the file again"
+    return None
