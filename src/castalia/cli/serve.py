@@ -3,12 +3,15 @@
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from castalia.core.errors import ConfigError
 from castalia.terminal.flags import EngineFlags, grouped, panel
+
+if TYPE_CHECKING:
+    from castalia.serve.connections import BoundedServer, ConnectionLimits
 
 LISTEN = panel("Address")
 LIMITS = panel("Limits")
@@ -34,6 +37,14 @@ class ListenFlags:
             help="Require this key in Authorization headers.",
         ),
     ] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        LISTEN(
+            metavar="NAME",
+            help="Another name that requests to a server without a key may give as Host or Origin;"
+            " * allows all. May be repeated.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,31 @@ class LimitFlags:
     ] = 1
     max_body: Annotated[int, LIMITS(metavar="MIB", min=1, help="Largest request, in MiB.")] = 8
     patience: Annotated[
-        float, LIMITS(metavar="SECONDS", min=0.1, help="Time in which a request must arrive.")
+        float,
+        LIMITS(
+            metavar="SECONDS",
+            min=0.1,
+            help="Time from the connection to a request's headers, and from these to its end.",
+        ),
+    ] = 30.0
+    connections: Annotated[
+        int,
+        LIMITS(
+            metavar="N",
+            min=1,
+            help="Connections at a time. Beyond them the one that waits longest for a request is"
+            " closed, else the client gets status 503.",
+        ),
+    ] = 1024
+    keep_alive: Annotated[
+        float,
+        LIMITS(metavar="SECONDS", min=0, help="Time of an idle connection between two requests."),
+    ] = 5.0
+    stalled: Annotated[
+        float,
+        LIMITS(
+            metavar="SECONDS", min=0.1, help="Time in which a client may leave its answer unread."
+        ),
     ] = 30.0
     grace: Annotated[
         int, LIMITS(metavar="SECONDS", min=0, help="Time for running requests at a stop.")
@@ -96,21 +131,40 @@ def serve(
     from castalia.core.extras import require
 
     # Before the server's modules, which import them: a missing extra is one sentence.
-    uvicorn = require("uvicorn", "serve", "castalia serve")
+    require("uvicorn", "serve", "castalia serve")
     require("fastapi", "serve", "castalia serve")
     from castalia.serve.app import make_app
+    from castalia.serve.connections import BoundedServer, ConnectionTable
+    from castalia.serve.hosts import AllowedHosts
     from castalia.serve.model_pool import ModelPool, ServeOptions
 
     engine = (running.engine, running.dtype, running.cache)
     options = ServeOptions(*engine, limits.slots, limits.queue, limits.keep)
     pool = ModelPool(models, options, named_adapters(adapter or []))
+    table = ConnectionTable(connection_limits(limits))
     app = make_app(
         pool,
         api_key=listen.api_key,
         most_bytes=limits.max_body << 20,
         patience=limits.patience,
+        hosts=AllowedHosts([listen.host, *(listen.allowed_host or [])]),
+        connections=table,
     )
-    run(uvicorn, app, list(pool.locations), listen, limits.grace)
+    run(BoundedServer(app, table, grace=limits.grace), list(pool.locations), listen)
+
+
+def connection_limits(limits: LimitFlags) -> "ConnectionLimits":
+    """The limits of connections; says so if there are not descriptors for all of them."""
+    from castalia.serve.connections import ConnectionLimits, places
+
+    most = places(limits.connections)
+    if most < limits.connections:
+        typer.echo(
+            f"castalia: warning: {most} connections at a time, not {limits.connections}: this"
+            " process may not open more files; raise the limit (ulimit -n)",
+            err=True,
+        )
+    return ConnectionLimits(most, limits.patience, limits.keep_alive, limits.stalled)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -134,11 +188,12 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(uvicorn: Any, app: Any, names: list[str], listen: ListenFlags, grace: int) -> None:
+def run(server: "BoundedServer", names: list[str], listen: ListenFlags) -> None:
     """Listen until a signal; says first what is served where."""
     if listen.host not in HERE and not listen.api_key:
         typer.echo(
-            f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
+            f"castalia: warning: {listen.host} is reachable from other machines, which may all use"
+            " it; set --api-key",
             err=True,
         )
     # Before the first line is printed: uvicorn would find a port in use only after it.
@@ -149,9 +204,8 @@ def run(uvicorn: Any, app: Any, names: list[str], listen: ListenFlags, grace: in
             f"castalia: serving {', '.join(names)} on http://{host}:{listener.getsockname()[1]}",
             err=True,
         )
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
         with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends
-            uvicorn.Server(settings).run(sockets=[listener])
+            server.listen(listener)
 
 
 def named_adapters(words: list[str]) -> dict[str, str]:

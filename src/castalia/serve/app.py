@@ -12,8 +12,10 @@ from starlette.exceptions import HTTPException
 from castalia import __version__
 from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.inference.sampling import LARGEST_SEED, SMALLEST_SEED
+from castalia.serve.connections import ConnectionTable
 from castalia.serve.fields import CHOICES, SEED, TEXTS, TOKEN, Body
 from castalia.serve.forms import ResponseFormat, SchemaFormat, StructuredOutputs
+from castalia.serve.hosts import AllowedHosts
 from castalia.serve.limits import RequestLimits, error_body
 from castalia.serve.metrics import RequestCounter, ServerMetrics
 from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
@@ -71,6 +73,7 @@ CODES: dict[type[CastaliaError], str] = {
 ERROR_TEXTS = {
     400: "The request is invalid; the message names the field",
     401: "The API key is missing or wrong",
+    403: "Host or Origin is not a name of this server, which has no key",
     404: "Unknown model, or a model without a chat template",
     408: "The request did not arrive in time",
     413: "The request is too large",
@@ -91,11 +94,14 @@ def make_app(
     api_key: str | None = None,
     most_bytes: int = 8 << 20,
     patience: float = 30.0,
+    hosts: AllowedHosts | None = None,
+    connections: ConnectionTable | None = None,
 ) -> FastAPI:
     """The ASGI application that serves a pool of models.
 
     `api_key` is required in Authorization headers unless it is None. `most_bytes` limits the size
-    of a request, `patience` the seconds until it has arrived.
+    of a request, `patience` the seconds until it has arrived. Without a key, `hosts` are the names
+    that requests may be sent to (None: any). `connections` are those that /metrics reports.
     """
 
     @asynccontextmanager
@@ -109,10 +115,12 @@ def make_app(
     service = Service(pool, ServerMetrics())
     add_completions(app, service)
     add_models(app, service)
-    add_health(app, service)
+    add_health(app, service, connections)
     add_errors(app)
     # The middleware added last is the outermost: requests refused by the limits are counted too.
-    app.add_middleware(RequestLimits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
+    app.add_middleware(
+        RequestLimits, most_bytes=most_bytes, seconds=patience, api_key=api_key, hosts=hosts
+    )
     app.add_middleware(RequestCounter, metrics=service.metrics)
     vocab_size = pool.get(None).model.config.vocab_size
     page = openapi_page(app, vocab_size, pool.options.most_waiting)
@@ -190,7 +198,7 @@ def add_models(app: FastAPI, service: Service) -> None:
         }
 
 
-def add_health(app: FastAPI, service: Service) -> None:
+def add_health(app: FastAPI, service: Service, connections: ConnectionTable | None) -> None:
     """Add the endpoints for monitoring."""
     pool = service.pool
     metrics = service.metrics
@@ -205,10 +213,9 @@ def add_health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", responses=ERRORS | TEXT)
     async def prometheus() -> Response:
         """Report metrics for Prometheus."""
-        running, waiting = pool.counts()
-        metrics.running.set(running)
-        metrics.waiting.set(waiting)
-        metrics.cache_bytes.set(pool.cache_bytes())
+        metrics.observe(pool)
+        if connections is not None:
+            metrics.observe_connections(connections)
         page, kind = metrics.page()
         return Response(page, media_type=kind)
 

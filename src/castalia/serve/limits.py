@@ -1,4 +1,4 @@
-"""Checks before a request reaches an endpoint: API key, size and arrival time.
+"""Checks before a request reaches an endpoint: API key, names, size and arrival time.
 
 Plain ASGI: Starlette's middleware class would buffer streamed answers.
 """
@@ -8,6 +8,8 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from castalia.serve.hosts import AllowedHosts
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -19,17 +21,27 @@ OPEN_PATHS = ("/health", "/metrics")
 
 
 class RequestLimits:
-    """ASGI middleware: checks the API key and reads the whole body before it calls the app.
+    """ASGI middleware: checks key and names and reads the whole body before it calls the app.
 
     The body may have `most_bytes` bytes and take `seconds` to arrive, so that a slow client holds
     a connection but never a worker of the app.
     """
 
-    def __init__(self, app: App, *, most_bytes: int, seconds: float, api_key: str | None) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        most_bytes: int,
+        seconds: float,
+        api_key: str | None,
+        hosts: AllowedHosts | None = None,
+    ) -> None:
+        """`hosts` are the names that a server without a key answers to; None allows all."""
         self.app = app
         self.most_bytes = most_bytes
         self.seconds = seconds
         self.api_key = api_key
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on, or answer it with an error."""
@@ -42,6 +54,12 @@ class RequestLimits:
                 send, 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
             )
             return
+        # A page of another site does not know the key, so a server with one needs no check.
+        if self.hosts is not None and not self.api_key:
+            fault = self.hosts.fault(scope["headers"])
+            if fault is not None:
+                await refuse(send, 403, fault, code="host_not_allowed")
+                return
         # An honest Content-Length spares reading a body that is refused anyway.
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.most_bytes:
@@ -109,12 +127,24 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def refuse(send: Send, status: int, message: str) -> None:
+async def refuse(send: Send, status: int, message: str, *, code: str | None = None) -> None:
     """Answer with an error and close the connection.
 
     Kept alive, the connection would take the unread rest of the body for the next request.
     """
-    data = json.dumps(error_body(status, message)).encode()
+    headers, data = closing_error(status, message, code=code)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def closing_error(
+    status: int, message: str, *, code: str | None = None, retry: int | None = None
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an error after which the connection is closed.
+
+    retry   seconds for Retry-After.
+    """
+    data = json.dumps(error_body(status, message, code=code)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(data)).encode()),
@@ -122,5 +152,6 @@ async def refuse(send: Send, status: int, message: str) -> None:
     ]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+    if retry is not None:
+        headers.append((b"retry-after", str(retry).encode()))
+    return headers, data

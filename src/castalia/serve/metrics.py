@@ -3,7 +3,9 @@
 from typing import Any
 
 from castalia.core.extras import require
+from castalia.serve.connections import ConnectionTable
 from castalia.serve.limits import App, Message, Receive, Scope, Send
+from castalia.serve.model_pool import ModelPool
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Bucket bounds: from one token of a small model to a first token behind a long queue."""
@@ -38,6 +40,13 @@ class ServerMetrics:
         self.cache_bytes = make(
             client.Gauge, "cache_bytes", "Keys and values of full slots, where the engine tells"
         )
+        self.connections = make(client.Gauge, "connections", "Open connections")
+        self.ended_connections = make(
+            client.Gauge,
+            "ended_connections",
+            "Connections that the server ended since its start, by reason",
+            "reason",
+        )
         self.first_token = make(
             client.Histogram,
             "time_to_first_token_seconds",
@@ -50,6 +59,19 @@ class ServerMetrics:
             "Between tokens of one text",
             buckets=SECONDS,
         )
+
+    def observe(self, pool: ModelPool) -> None:
+        """Read the gauges of texts and models."""
+        running, waiting = pool.counts()
+        self.running.set(running)
+        self.waiting.set(waiting)
+        self.cache_bytes.set(pool.cache_bytes())
+
+    def observe_connections(self, table: ConnectionTable) -> None:
+        """Read the gauges of connections."""
+        self.connections.set(len(table.admitted))
+        for reason, count in table.ended.items():
+            self.ended_connections.labels(reason).set(count)
 
     def page(self) -> tuple[bytes, str]:
         """The metrics in Prometheus's text format, and its content type."""
