@@ -256,7 +256,8 @@ class WorkFolder:
                         files[provenance.SUFFIX] = file.sync()
                 path = self.folder / f"whole.{i}.json"
                 written += [
-                    (self.folder / f"whole.{i}{name}", Path(prefix + name)) for name in names
+                    (self.folder / f"whole.{i}{suffix}", Path(prefix + suffix))
+                    for suffix in (*files, ".json")
                 ]
                 if rejects:
                     # One file for all outputs, whose prefixes may be longer than its own.
