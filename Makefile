@@ -17,8 +17,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/castalia demo
 
+# Two workers, each of which takes whole files, so that what a file makes for its tests is made once.
+# The tests start many programs: Python keeps what it compiled for the next, also where an image's
+# environment says otherwise.
 test: install
-	$(BIN)/python -m pytest
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install
 	$(BIN)/python -m pytest -m 'slow or not slow'
