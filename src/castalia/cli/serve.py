@@ -1,5 +1,6 @@
 """`castalia serve`."""
 
+import gc
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,8 +60,22 @@ class LimitFlags:
         LIMITS(metavar="N", min=1, help="Texts that may wait; clients beyond them get status 429."),
     ] = 256
     keep: Annotated[
-        int, LIMITS(metavar="N", min=1, help="Models in memory; the one idle longest makes room.")
+        int,
+        LIMITS(
+            metavar="N",
+            min=1,
+            help="Models in memory; the one idle longest makes room, and one more is there while it"
+            " is loaded.",
+        ),
     ] = 1
+    room: Annotated[
+        float,
+        LIMITS(
+            metavar="SECONDS",
+            min=0.1,
+            help="Time for which a request waits until other models make room; then status 503.",
+        ),
+    ] = 30.0
     max_body: Annotated[int, LIMITS(metavar="MIB", min=1, help="Largest request, in MiB.")] = 8
     patience: Annotated[
         float,
@@ -138,8 +153,10 @@ def serve(
     from castalia.serve.hosts import AllowedHosts
     from castalia.serve.model_pool import ModelPool, ServeOptions
 
+    # What is imported stays: searched for cycles, it would stop every request for a second.
+    gc.freeze()
     engine = (running.engine, running.dtype, running.cache)
-    options = ServeOptions(*engine, limits.slots, limits.queue, limits.keep)
+    options = ServeOptions(*engine, limits.slots, limits.queue, limits.keep, limits.room)
     pool = ModelPool(models, options, named_adapters(adapter or []))
     table = ConnectionTable(connection_limits(limits))
     app = make_app(

@@ -53,3 +53,15 @@ def available_bytes() -> int | None:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+
+
+def return_freed_memory() -> bool:
+    """Return the pages that hold nothing any more to the machine.
+
+    By itself glibc gives back the end of a heap alone, so that one small block behind a model's
+    weights keeps all of them. Returns False where the C library cannot.
+    """
+    if os.name != "posix":
+        return False
+    libc = ctypes.CDLL(None)
+    return hasattr(libc, "malloc_trim") and bool(libc.malloc_trim(0))

@@ -17,6 +17,7 @@ from castalia.serve.fields import CHOICES, SEED, TEXTS, TOKEN, Body
 from castalia.serve.forms import ResponseFormat, SchemaFormat, StructuredOutputs
 from castalia.serve.hosts import AllowedHosts
 from castalia.serve.limits import RequestLimits, error_body
+from castalia.serve.loaded_models import ModelBusyError
 from castalia.serve.metrics import RequestCounter, ServerMetrics
 from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
 from castalia.serve.protocol import (
@@ -79,7 +80,7 @@ ERROR_TEXTS = {
     413: "The request is too large",
     429: "The queue is full; Retry-After gives the seconds to wait",
     500: "Internal error",
-    503: "The server is shutting down",
+    503: "The server is shutting down, or other models are busy; Retry-After gives the seconds",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in ERROR_TEXTS.items()
@@ -208,7 +209,14 @@ def add_health(app: FastAPI, service: Service, connections: ConnectionTable | No
         """Report the server's state."""
         running, waiting = pool.counts()
         status = "stopping" if pool.stopping else "ok"
-        return Health(status=status, models=list(pool.loaded), running=running, waiting=waiting)
+        return Health(
+            status=status,
+            models=list(pool.loaded),
+            loading=pool.models.loading(),
+            leaving=pool.models.leaving(),
+            running=running,
+            waiting=waiting,
+        )
 
     @app.get("/metrics", responses=ERRORS | TEXT)
     async def prometheus() -> Response:
@@ -248,6 +256,11 @@ def add_errors(app: FastAPI) -> None:
     async def queue_full(request: Request, error: QueueFullError) -> Response:
         headers = {"Retry-After": str(error.seconds)}
         return JSONResponse(error_body(429, str(error)), 429, headers=headers)
+
+    @app.exception_handler(ModelBusyError)
+    async def model_busy(request: Request, error: ModelBusyError) -> Response:
+        headers = {"Retry-After": str(error.seconds)}
+        return JSONResponse(error_body(503, str(error), code="model_busy"), 503, headers=headers)
 
     @app.exception_handler(StoppingError)
     async def stopping(request: Request, error: StoppingError) -> Response:

@@ -40,6 +40,9 @@ class ServerMetrics:
         self.cache_bytes = make(
             client.Gauge, "cache_bytes", "Keys and values of full slots, where the engine tells"
         )
+        self.models = make(
+            client.Gauge, "models", "Models in memory, awaited, and making room", "state"
+        )
         self.connections = make(client.Gauge, "connections", "Open connections")
         self.ended_connections = make(
             client.Gauge,
@@ -66,6 +69,10 @@ class ServerMetrics:
         self.running.set(running)
         self.waiting.set(waiting)
         self.cache_bytes.set(pool.cache_bytes())
+        models = pool.models
+        self.models.labels("ready").set(len(models.ready))
+        self.models.labels("loading").set(len(models.loading()))
+        self.models.labels("leaving").set(len(models.leaving()))
 
     def observe_connections(self, table: ConnectionTable) -> None:
         """Read the gauges of connections."""

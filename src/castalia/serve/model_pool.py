@@ -1,23 +1,28 @@
 """The models of a server: every checkpoint of the given runs, loaded on demand."""
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from castalia.checkpoint import complete_steps
 from castalia.checkpoint.hf import is_hf_folder
+from castalia.checkpoint.manifest import MANIFEST
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest
-from castalia.corpus.chat_template import ChatTemplate
+from castalia.core.memory import available_bytes
 from castalia.corpus.conversation import template_of
 from castalia.formats.saved_model import open_adapted, open_model
 from castalia.inference.adapted_engine import with_adapter
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import load
 from castalia.inference.torch_engine import TorchEngine
+from castalia.serve.loaded_models import LoadedModel, LoadedModels, ModelSource
 from castalia.serve.scheduler import Scheduler
+
+LONGEST_NAME = 200
+"""Characters of an unknown name in an error."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,6 @@ class ModelLocation:
     """Seconds since 1970; 0 for a model from the hub."""
     base: str | None = None
     """Name of the model that an adapter belongs to; None for a model of its own."""
-
-
-@dataclass
-class LoadedModel:
-    """A model in memory, with the scheduler whose thread owns it."""
-
-    name: str
-    model: LanguageModel
-    scheduler: Scheduler
-    template: ChatTemplate | None
-    """The tokenizer's chat template; None for a base model."""
-    stays: bool = False
-    """Whether it never makes room: an adapter, and the base whose weights it shares."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,9 @@ class ServeOptions:
     most_waiting: int = 256
     """Texts that may wait in the queue of one model."""
     keep: int = 1
-    """Models in memory at a time."""
+    """Models in memory at a time; one more only while it is being loaded."""
+    room: float = 30.0
+    """Seconds for which a request waits until others have finished texts and made room."""
 
 
 class UnknownModelError(ConfigError):
@@ -84,13 +78,21 @@ class ModelPool:
         self.locations: dict[str, ModelLocation] = {}
         for path in paths:
             self.add(path)
-        self.loaded: OrderedDict[str, LoadedModel] = OrderedDict()
-        """Least recently used first."""
-        self.lock = threading.Lock()
-        self.stopping = False
-        self.get(None)
-        for name, path in (adapters or {}).items():
-            self.add_adapter(name, path, paths)
+        source = ModelSource(
+            load=self.load,
+            check=self.check,
+            needs_room=lambda name: self.shared_base(name) is None,
+            fits=self.fits,
+        )
+        self.models = LoadedModels(source, options.keep, options.room)
+        try:
+            self.get(None)
+            for name, path in (adapters or {}).items():
+                self.add_adapter(name, path, paths)
+        except BaseException:
+            # Its threads would keep the process alive.
+            self.close()
+            raise
 
     def add(self, path: str) -> None:
         """Register the model at `path` and, for a run, each of its steps.
@@ -118,31 +120,41 @@ class ModelPool:
             problem = f"adapters belong to one base, and the server has {', '.join(bases)}"
         elif name in self.locations:
             problem = f"the name {name} is taken; choose another"
-        try:
-            if problem:
-                raise ConfigError(f"--adapter {name}={path}: {problem}")
-            created = int(Path(path).stat().st_mtime) if Path(path).exists() else 0
-            self.locations[name] = ModelLocation(path, created, base=next(iter(self.locations)))
-            self.get(name)
-        except BaseException:
-            # The thread of the base would keep the process alive.
-            self.close()
-            raise
+        if problem:
+            raise ConfigError(f"--adapter {name}={path}: {problem}")
+        created = int(Path(path).stat().st_mtime) if Path(path).exists() else 0
+        self.locations[name] = ModelLocation(path, created, base=next(iter(self.locations)))
+        self.get(name)
 
     def get(self, name: str | None) -> LoadedModel:
-        """A loaded model, the first one if `name` is None; loads it if necessary.
+        """A loaded model, the first one if `name` is None; blocks while it is loaded.
 
-        The least recently used model makes room.
         Raises  UnknownModelError with the nearest name; CheckpointError if a checkpoint is damaged.
         """
+        return self.models.get_now(self.name_of(name))
+
+    async def find(self, name: str | None) -> LoadedModel:
+        """A loaded model, as `get`, for a request; other requests go on meanwhile.
+
+        Raises  UnknownModelError with the nearest name; LoadingError, whose reason only the log
+                has; ModelBusyError if no other model makes room in time.
+        """
+        return await self.models.get(self.name_of(name))
+
+    @property
+    def loaded(self) -> Mapping[str, LoadedModel]:
+        """Models in memory, least recently used first."""
+        return self.models.ready
+
+    def name_of(self, name: str | None) -> str:
+        """A name that this server has, that of the first model if none is given.
+
+        Raises  UnknownModelError with the nearest name.
+        """
         if name is None:
-            name = next(iter(self.locations))
-        location = self.location(name)
-        with self.lock:
-            if name not in self.loaded:
-                self.loaded[name] = self.load(name, location)
-            self.loaded.move_to_end(name)
-            return self.loaded[name]
+            return next(iter(self.locations))
+        self.location(name)
+        return name
 
     def location(self, name: str) -> ModelLocation:
         """Where a model is.
@@ -150,35 +162,59 @@ class ModelPool:
         Raises  UnknownModelError with the nearest name.
         """
         if name not in self.locations:
+            # A longer name is not compared or repeated: it may have megabytes.
+            shown = name[:LONGEST_NAME]
+            hint = nearest(name, self.locations) if shown == name else ""
             raise UnknownModelError(
-                f"unknown model {name!r}; GET /v1/models lists the models of this server"
-                f"{nearest(name, self.locations)}"
+                f"unknown model {shown!r}; GET /v1/models lists the models of this server{hint}"
             )
         return self.locations[name]
 
-    def make_room(self) -> None:
-        """Drop the least recently used models until another fits.
+    def shared_base(self, name: str) -> LoadedModel | None:
+        """The base in memory whose weights an adapter shares.
 
-        A dropped model finishes its texts first; then its thread ends and releases the weights.
-        Waiting for that here would hold the lock, and with it every other request.
+        Other engines than torch pack their weights: each adapter is a merged copy there.
         """
-        going = [name for name, loaded in self.loaded.items() if not loaded.stays]
-        for name in going[: max(0, len(going) - self.options.keep + 1)]:
-            self.loaded.pop(name).scheduler.close(wait=False)
+        base = self.locations[name].base
+        loaded = None if base is None else self.loaded.get(base)
+        if loaded is None or not isinstance(loaded.model.engine, TorchEngine):
+            return None
+        return loaded
 
-    def load(self, name: str, location: ModelLocation) -> LoadedModel:
-        """Read a model and start its scheduler; others make room for it."""
-        base = None if location.base is None else self.loaded.get(location.base)
-        if base is not None and isinstance(base.model.engine, TorchEngine):
+    def check(self, name: str) -> None:
+        """Compare the hashes of a checkpoint's files before other models make room for it.
+
+        Raises  CheckpointError if it is damaged.
+        """
+        location = self.locations[name]
+        if location.base is None and (Path(location.path) / MANIFEST).is_file():
+            open_model(location.path)
+
+    def fits(self, name: str, other: LoadedModel) -> bool:
+        """Whether memory has room for a model beside those that are there, of which one is given.
+
+        Its files are taken for its size; of a step they hold the optimizer too, which leaves room
+        for keys and values.
+        """
+        folder = Path(self.locations[name].path)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if other.model.engine.device.type == "cuda":
+            return size < torch.cuda.mem_get_info(other.model.engine.device)[0]
+        available = available_bytes()
+        return available is None or size < available
+
+    def load(self, name: str) -> LoadedModel:
+        """Read a model and start its scheduler."""
+        location = self.locations[name]
+        base = self.shared_base(name)
+        if base is not None:
             base.stays = True
             where = self.locations[base.name].path
             return self.serving(name, shared(base.model, where, location.path), stays=True)
-        self.make_room()
         options = self.options
         path = location.path
         adapter = None
         if location.base is not None:
-            # Other engines pack their weights: each adapter is a merged copy there.
             adapter = path
             path = self.locations[location.base].path
         model = load(
@@ -202,10 +238,12 @@ class ModelPool:
 
     def close(self) -> None:
         """Accept no more texts; the running ones finish."""
-        self.stopping = True
-        with self.lock:
-            for loaded in self.loaded.values():
-                loaded.scheduler.close(wait=False)
+        self.models.close()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is shutting down."""
+        return self.models.stopping
 
     def counts(self) -> tuple[int, int]:
         """Running and waiting texts of all models."""

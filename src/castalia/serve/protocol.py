@@ -102,6 +102,10 @@ class Health(BaseModel):
     status: Literal["ok", "stopping"]
     models: list[str]
     """Models in memory."""
+    loading: list[str] = []
+    """Models that requests wait for."""
+    leaving: list[str] = []
+    """Models that finish their texts to make room, or whose memory is not free yet."""
     running: int
     """Texts being generated."""
     waiting: int

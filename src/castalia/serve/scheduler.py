@@ -195,6 +195,8 @@ class Scheduler:
         """Running searches."""
         self.changed = threading.Condition()
         self.closing = False
+        self.admitting = False
+        """Whether jobs are between the queue and their slots."""
         self.seconds_per_text = 1.0
         """Moving average of a text's duration, waiting included; for Retry-After."""
         self.thread = threading.Thread(target=self.work, name="castalia-scheduler", daemon=True)
@@ -228,6 +230,12 @@ class Scheduler:
                 text.cancelled = True
             self.changed.notify()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no texts."""
+        with self.changed:
+            return not (self.running or self.searching or self.waiting or self.admitting)
+
     def close(self, wait: bool = True) -> None:
         """Accept no more texts; the thread ends when those it has are done."""
         with self.changed:
@@ -255,9 +263,11 @@ class Scheduler:
     def take(self) -> list[Job] | None:
         """The jobs to admit now; blocks while idle. None once closed and drained."""
         with self.changed:
+            self.admitting = False
             while True:
                 self.drop_cancelled()
                 if self.running or self.searching or self.waiting:
+                    self.admitting = True
                     return self.choose()
                 if self.closing:
                     return None

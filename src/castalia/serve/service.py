@@ -18,15 +18,15 @@ from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
 from castalia.serve.conversation import chat_prompt
 from castalia.serve.drawing import options_of
 from castalia.serve.limits import error_body
+from castalia.serve.loaded_models import LoadedModel
 from castalia.serve.metrics import ServerMetrics
-from castalia.serve.model_pool import LoadedModel, ModelPool, NoTemplateError
+from castalia.serve.model_pool import ModelPool, NoTemplateError
 from castalia.serve.protocol import Usage
 from castalia.serve.requests import ChatRequest, CompletionRequest, SamplingBody
 from castalia.serve.scheduler import (
     Job,
     ServedSearch,
     ServedText,
-    StoppingError,
     StreamEvent,
 )
 from castalia.serve.token_report import TokenReport
@@ -183,8 +183,8 @@ class Service:
         return await self.start(loaded, body, [prompt], max_tokens, answer)
 
     async def model(self, name: str | None) -> LoadedModel:
-        """A loaded model; loading takes seconds, so it runs beside the event loop."""
-        return await asyncio.to_thread(self.pool.get, name)
+        """A loaded model, which stays in memory as long as this object."""
+        return await self.pool.find(name)
 
     async def start(
         self,
@@ -236,23 +236,9 @@ class Service:
         request = ActiveRequest(
             loaded, texts, jobs, answer, echoes, inbox, prompt_tokens, drawn=drawn, n=n
         )
-        await self.submit(request)
+        loaded.scheduler.submit(jobs)
         self.metrics.prompt_tokens.inc(prompt_tokens)
         return request
-
-    async def submit(self, request: ActiveRequest) -> None:
-        """Queue a request's texts.
-
-        Another request may have displaced the model since it was looked up: then its scheduler is
-        closing, and the model is loaded again.
-        """
-        try:
-            request.loaded.scheduler.submit(request.jobs)
-        except StoppingError:
-            if self.pool.stopping:
-                raise
-            request.loaded = await self.model(request.loaded.name)
-            request.loaded.scheduler.submit(request.jobs)
 
     async def events(self, request: ActiveRequest) -> AsyncIterator[tuple[int, StreamEvent]]:
         """All events of a request, each with the index of its text.
