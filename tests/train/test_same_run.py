@@ -45,6 +45,7 @@ FREE_KEYS = {
     "model.moe.split_over_tp",
     "data.workers",
     "data.allow_changed",
+    "data.verify",
     "data.train",
     "data.valid",
     "data.valid_weights",

@@ -16,7 +16,7 @@ from castalia.corpus.job import PrepareJob
 from castalia.corpus.options import PrepareOptions, document_end
 from castalia.corpus.prepared import Prepared
 from castalia.corpus.provenance import REJECTS, SUFFIX
-from castalia.data.seals import seals_of
+from castalia.data.seals import recorded_files
 from castalia.data.sidecar import (
     end_of_record,
     read_record,
@@ -176,8 +176,8 @@ def is_whole(prefix: str, record: dict[str, Any], job: PrepareJob, output: int) 
     if not all(Path(name).is_file() for name in names):
         return False
     # Hashes would tell more, but take as long as reading all tokens.
-    seals = seals_of(prefix, record).values()
-    if any(seal.bytes not in (None, seal.size) for seal in seals):
+    recorded = recorded_files(prefix, record).values()
+    if any(file.bytes not in (None, file.size) for file in recorded):
         return False
     return Path(names[0]).stat().st_size == record["tokens"] * own.dtype.itemsize
 

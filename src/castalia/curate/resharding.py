@@ -7,7 +7,7 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
-from castalia.data.seals import path_of, seals_of
+from castalia.data.seals import path_of, recorded_files
 from castalia.data.shards import (
     SHARD_BYTES,
     Joined,
@@ -106,7 +106,7 @@ def refuse_other_neighbours(source: str | os.PathLike[str], target: Path) -> Non
 def copy_neighbours(source: str | os.PathLike[str], target: Path) -> None:
     """Copy all files of one prefix but its tokens beside others; the record last."""
     record = read_record(source) or {}
-    names = [name for name in seals_of(str(source), record) if name not in (".bin", ".idx")]
+    names = [name for name in recorded_files(str(source), record) if name not in (".bin", ".idx")]
     for name in (".idx", *names, ".json"):
         copy_beside(path_of(str(source), name), path_of(str(target), name))
 

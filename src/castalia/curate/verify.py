@@ -18,7 +18,7 @@ from castalia.corpus.provenance import NO_INDEX, REJECTS, SUFFIX, index_fault
 from castalia.curate.dedup import REPORT
 from castalia.curate.joining import boundaries_fit
 from castalia.data.indexed import IndexedDataset, without_suffix
-from castalia.data.seals import OWN, fault_of, path_of, seals_of
+from castalia.data.seals import OWN, RecordedFile, fault_of, path_of, recorded_files
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 from castalia.data.sidecar import read_record
 
@@ -141,18 +141,36 @@ def seal_checks(
 ) -> Iterator[Check]:
     """Checks of every file that the record has the hash of, and a note on each that it has not."""
     try:
-        seals = seals_of(base, record)
+        recorded = recorded_files(base, record)
     except DataError:  # shards are missing, which the structure says
-        seals = {}
-    for name, seal in seals.items():
-        fault = fault_of(seal, on_bytes if name == ".bin" else None)
+        recorded = {}
+    for name, file in recorded.items():
+        fault = fault_of(file, on_bytes if name == ".bin" else None)
         yield Check(str(path_of(base, name)), "hash", fault)
     if record and OWN not in record:
         yield Check(f"{base}.json", "hash", note="not covered: it does not have its own hash")
     for suffix in SUFFIXES:
         path = path_of(base, suffix)
-        if suffix not in seals and path.name not in listed and path.exists():
+        if suffix not in recorded and path.name not in listed and path.exists():
             yield Check(str(path), "hash", note=f"not covered: no {path.stem}.json has its hash")
+
+
+def known_files(prefix: str) -> dict[str, RecordedFile]:
+    """The files of a token file whose hash its record has, or else a list beside it.
+
+    Raises  DataError if one of the two is damaged.
+    """
+    found = recorded_files(prefix, read_record(prefix) or {})
+    beside = Path(prefix + LIST)
+    if beside.is_file():
+        for name, digest in read_hashes(beside).items():
+            # A list of shards has a line for each.
+            path = Path(prefix).with_name(name)
+            suffix = path.suffix
+            key = name if SHARD_NAME.fullmatch(name) else suffix
+            if belongs(name, Path(prefix).name) and not (key == suffix and suffix in found):
+                found[key] = RecordedFile((path,), None, digest, str(beside))
+    return found
 
 
 def structure_fault(dataset: IndexedDataset) -> str | None:

@@ -29,6 +29,23 @@ TokenName = Annotated[str, BeforeValidator(str)]
 TEXTS = ("chat", "pairs", "labelled", "prompts")
 """Fields with files of text that become token files at the start of a run."""
 
+OF_ONE_ROLE = (
+    "train",
+    "labels",
+    "label_weights",
+    "rewards",
+    "mismatched",
+    "mismatched_labels",
+    "chosen",
+    "rejected",
+    "chosen_labels",
+    "rejected_labels",
+    "chosen_reference",
+    "rejected_reference",
+)
+PREFIXES = (*OF_ONE_ROLE, "valid", *(f"valid_{name}" for name in OF_ONE_ROLE[1:]))
+"""Fields with prefixes of token files."""
+
 PAIR_PACKINGS = ("unpacked", "pack_until_overflow")
 """Packings under which both answers of a pair fill rows of their own."""
 SIDES = [
@@ -196,6 +213,10 @@ class DataConfig(Config):
     """Processes that read ahead; 0 reads ahead in a thread of the training process."""
     allow_changed: Annotated[bool, AT_RESUME] = False
     """Resume even though the data differ from the checkpoint's."""
+    verify: Annotated[Literal["background", "start", "never"], AT_RESUME] = "background"
+    """When files are compared with the SHA-256 that PREFIX.json has of them, or a list
+    PREFIX.sha256. Files of up to 64 MiB before the first step; larger ones, which a fingerprint
+    samples, in the background of the steps, which damage stops, or all at the start."""
 
     @model_validator(mode="after")
     def check(self) -> "DataConfig":

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.config import DataConfig
+from castalia.data.damage import require_whole
 from castalia.data.fim import fill_in_the_middle
 from castalia.data.fingerprint import bin_hash, contents, fingerprint
 from castalia.data.order import rows_per_source, split_documents
@@ -244,7 +245,10 @@ def order_settings(
 def fingerprint_of(
     config: DataConfig, files: Files, valid: Files, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fingerprint of the token files of both sides, and of the order."""
+    """The fingerprint of the token files of both sides, and of the order.
+
+    Raises  DataError if a hash in it differs from that in a file's record.
+    """
     # Both parts of a split come from the same files, which count once.
     own_valid = Files([]) if config.split is not None else valid
     found = fingerprint(files.tokens, own_valid.tokens, order=settings)
@@ -252,6 +256,8 @@ def fingerprint_of(
         found["rejected"] = [contents(file) for file in files.rejected.tokens]
         rejected = own_valid.rejected or Files([])
         found["valid_rejected"] = [contents(file) for file in rejected.tokens]
+    if config.verify != "never":
+        require_whole(files, valid, found)
     return found
 
 

@@ -23,13 +23,15 @@ OWN = "record_sha256"
 """Key of the hash of the record, written without this key. The last one."""
 
 
-class Seal(NamedTuple):
+class RecordedFile(NamedTuple):
     """Files that are hashed as one, and what they must be: a .bin may lie in shards."""
 
     paths: tuple[Path, ...]
     bytes: int | None
     """Size of all, None where it is not known."""
     sha256: str
+    by: str
+    """The file that says so."""
 
     @property
     def size(self) -> int | None:
@@ -109,7 +111,7 @@ def require_own(path: Path, text: str, record: Mapping[str, Any]) -> None:
         )
 
 
-def seals_of(prefix: str, record: Mapping[str, Any]) -> dict[str, Seal]:
+def recorded_files(prefix: str, record: Mapping[str, Any]) -> dict[str, RecordedFile]:
     """The files of a prefix that its record has the hash of, by suffix or name."""
     entries: dict[str, Any] = {}
     if isinstance(record.get("bin_sha256"), str):
@@ -117,13 +119,15 @@ def seals_of(prefix: str, record: Mapping[str, Any]) -> dict[str, Seal]:
         entries[".bin"] = {"sha256": record["bin_sha256"]}
     if isinstance(record.get(FILES), dict):
         entries |= record[FILES]
-    seals = {}
+    recorded = {}
     for name, facts in entries.items():
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             continue
         paths = bin_paths(prefix) if name == ".bin" else [path_of(prefix, name)]
-        seals[name] = Seal(tuple(paths), facts.get("bytes"), facts["sha256"])
-    return seals
+        recorded[name] = RecordedFile(
+            tuple(paths), facts.get("bytes"), facts["sha256"], f"{prefix}.json"
+        )
+    return recorded
 
 
 def bin_paths(prefix: str) -> Sequence[Path]:
@@ -149,17 +153,17 @@ def hash_of(paths: Iterable[Path], on_bytes: OnBytes | None = None) -> str:
     return digest.hexdigest()
 
 
-def fault_of(seal: Seal, on_bytes: OnBytes | None = None) -> str | None:
+def fault_of(file: RecordedFile, on_bytes: OnBytes | None = None) -> str | None:
     """What is wrong with files, by reading them; None if they are right."""
-    size = seal.size
+    size = file.size
     if size is None:
         return "is missing; copy or prepare the file again"
-    if seal.bytes not in (None, size):
-        return f"has {size} bytes, expected {seal.bytes}; copy or prepare the file again"
+    if file.bytes not in (None, size):
+        return f"has {size} bytes, expected {file.bytes}; copy or prepare the file again"
     try:
-        digest = hash_of(seal.paths, on_bytes)
+        digest = hash_of(file.paths, on_bytes)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    if digest != seal.sha256:
-        return f"SHA-256 is {digest}, expected {seal.sha256}; copy or prepare the file again"
+    if digest != file.sha256:
+        return f"SHA-256 is {digest}, expected {file.sha256}; copy or prepare the file again"
     return None

@@ -13,9 +13,9 @@ from castalia.data.seals import (
     entries_of,
     fault_of,
     path_of,
+    recorded_files,
     require_own,
     sealed,
-    seals_of,
 )
 from castalia.data.shards import base_of
 from castalia.tokenizers.tokenizer import Tokenizer
@@ -78,12 +78,12 @@ def close_with_record(
 def faults_of(prefix: str) -> Iterator[str]:
     """A sentence about each file of a prefix that is not as its record says, by reading all."""
     try:
-        seals = seals_of(prefix, read_record(prefix) or {})
+        recorded = recorded_files(prefix, read_record(prefix) or {})
     except DataError as error:
         yield str(error)
         return
-    for name, seal in seals.items():
-        if fault := fault_of(seal):
+    for name, file in recorded.items():
+        if fault := fault_of(file):
             yield f"{path_of(prefix, name)} {fault}"
 
 

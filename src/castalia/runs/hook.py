@@ -57,6 +57,7 @@ class Hook:
         evaluate          rows, batches -> their loss: `Trainer.evaluate`
         watchdog          `progressed` within long work, so that it does not count as a stall
         ask_stop          a `Stop` -> ends the loop after the current step, on every rank
+        agreed_stop       the `Stop` that all ranks agreed on in the current step
         is_asked          whether this rank was asked to stop, at any moment
         stop_if_asked     whether any rank was, which then ends the loop; every rank calls it
         pending_metrics   numbers for the next step's line

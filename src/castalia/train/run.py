@@ -24,6 +24,7 @@ from castalia.train.hooks import (
     StepLine,
     StopOnSignal,
     Validate,
+    VerifyData,
 )
 from castalia.train.machine_precision import offload_notes, precision_notes
 from castalia.train.startup import print_start
@@ -118,10 +119,12 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
     """The hooks of every run; `stopper` is one that catches signals beyond the loop.
 
     The order matters: validation and evaluation add to the metrics before they are written, and
-    these before a checkpoint is, so that a resume never finds a step without its line.
+    these before a checkpoint is, so that a resume never finds a step without its line. Damaged data
+    end the run before either.
     """
     return [
         stopper or StopOnSignal(),
+        VerifyData(),
         Validate(),
         Evaluate(),
         RecordMixture(),

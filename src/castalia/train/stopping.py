@@ -23,6 +23,8 @@ class Stop(IntEnum):
     """The reader of the output is gone: 141, as a shell reports `castalia … | head`."""
     INTERRUPTED = 3
     """Ctrl-C: 130. A caller in Python gets KeyboardInterrupt, so that no next run begins."""
+    DAMAGED = 4
+    """A training file is not what was written: an error, and the step is not saved."""
 
 
 def due(every: int | None, step: int) -> Stop:

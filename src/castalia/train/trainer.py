@@ -431,6 +431,7 @@ class Trainer:
             "evaluate": self.evaluate,
             "watchdog": self.watchdog,
             "ask_stop": self.ask_stop,
+            "agreed_stop": lambda: self.stop,
             "is_asked": lambda: self.stop_asked > Stop.NO,
             "stop_if_asked": self.stop_if_asked,
             "pending_metrics": self.pending_metrics,

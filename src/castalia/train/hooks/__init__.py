@@ -8,6 +8,7 @@ from castalia.train.hooks.save import Save
 from castalia.train.hooks.signals import StopOnSignal
 from castalia.train.hooks.step_line import StepLine
 from castalia.train.hooks.validate import Validate
+from castalia.train.hooks.verify_data import VerifyData
 
 __all__ = [
     "Evaluate",
@@ -19,4 +20,5 @@ __all__ = [
     "StepLine",
     "StopOnSignal",
     "Validate",
+    "VerifyData",
 ]
