@@ -93,3 +93,27 @@ def test_a_content_is_hashed_once_and_a_changed_one_again(tmp_path, monkeypatch)
     assert "SHA-256" in seen.fault(file, seal)
     with pytest.raises(CheckpointError, match="is missing; export it again"):
         check_sealed({tmp_path / "b": seal}, "export it again")
+
+
+def test_logs_and_files_of_a_run(house, copy, four_steps):
+    run = copy / four_steps.name
+    covered = {
+        file.path.removeprefix(f"{house}/{four_steps.name}/"): file.by
+        for folder in check_folders([house])
+        for file in folder.files
+    }
+    assert covered["metrics.jsonl"] == "CRC-32 in each line"
+    assert covered["config.yaml"] == covered["env.json"] == "SHA-256 in env.json"
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for name in ("config.yaml", "command.txt"):
+        flip(run / name, -4)
+    (run / "metrics.jsonl").write_bytes(b"".join([lines[0], lines[2]]))
+    status, out = run_verb(run)
+    assert status == 1
+    assert "3 damaged" in out
+    assert "line 2: the line that it was written behind does not stand before it" in out
+    assert "it ends with step 3, and a checkpoint relies on its step 4" in out
+    (run / "metrics.jsonl").unlink()
+    flip(run / "env.json", 5)
+    assert "env.json is not what the last start of the run wrote" in run_verb(run)[1]
+    assert "metrics.jsonl is missing; a checkpoint relies on its step 4" in run_verb(run)[1]

@@ -7,6 +7,7 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError, TrainingError
 from castalia.mixing import MixtureLog, Planner, Stats, make_mixer, read_mixture
+from castalia.mixing.record import header_of
 
 NAMES = ["a", "b", "c"]
 
@@ -199,9 +200,7 @@ def test_files_that_are_no_record(tmp_path):
     with pytest.raises(DataError, match="not a mixture record of format 1"):
         read_mixture(path)
     path.unlink()
-    MixtureLog(path, planner_of())
-    with open(path, "a") as file:
-        file.write('{"step": 1, "weights": [1.0]}\n')
+    path.write_text(json.dumps(header_of(planner_of())) + '\n{"step": 1, "weights": [1.0]}\n')
     with pytest.raises(DataError, match=r"m.jsonl line 2: not a line of a mixture record"):
         read_mixture(path)
     other = Planner(make_mixer("uniform", sources=["x"]), sizes=[5], rows=1, seed=1)

@@ -13,6 +13,7 @@ import pytest
 
 import castalia
 from castalia.core.errors import CastaliaError, ConfigError, DataError
+from castalia.core.log_lines import read_log
 from castalia.data import IndexedDataset, IndexedDatasetWriter
 from castalia.stream.batches import hash_group, save_batches, verify_batches
 from castalia.stream.batches_lines import custom_batches
@@ -95,11 +96,19 @@ def test_the_rows_are_those_that_training_hashed(trained, kind):
 
 def test_other_rows_than_those_of_the_run_are_found(trained, tmp_path):
     stream = trained("best_fit")
-    lines = (stream.folder / "metrics.jsonl").read_text().splitlines()
+    lines = [line.text.decode() for line in read_log(stream.folder / "metrics.jsonl")]
     path = tmp_path / "metrics.jsonl"
     other = lines[2].replace('"rows_hash": ', '"rows_hash": 1')
     path.write_text("\n".join([*lines[:2], other, *lines[3:]]))
     with pytest.raises(DataError, match=r"step 2: the rows have the hash .*; its data or"):
+        verify_batches(replace(stream, folder=tmp_path), range(5))
+    # A line whose checksum says that it was changed is no witness.
+    text = (stream.folder / "metrics.jsonl").read_text()
+    path.write_text(text.replace('"step": 3, ', '"step": 7, '))
+    with (
+        pytest.warns(UserWarning, match=r"line 3 is damaged"),
+        pytest.raises(DataError, match=r"no rows_hash of step 2"),
+    ):
         verify_batches(replace(stream, folder=tmp_path), range(5))
     with pytest.raises(ConfigError, match="--verify compares with the metrics"):
         verify_batches(replace(stream, folder=None), range(5))

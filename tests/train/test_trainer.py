@@ -265,6 +265,7 @@ def test_a_broken_off_validation_of_the_last_step_is_made_up_for(make, tokens, t
     again, end = lines_after()
     assert again[:5] == stopped[:5] and "; next: castalia generate " in end
     valid = again[5].pop("valid_loss")
+    assert again[5].pop("crc32") != stopped[5].pop("crc32")
     assert again[5] == stopped[5] and 0 < valid < stopped[2]["valid_loss"]
 
 

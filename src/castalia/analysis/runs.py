@@ -71,7 +71,7 @@ class RunFiles:
         path = self.folder / "mixture.jsonl"
         if not path.exists():
             return None
-        record = read_mixture(path)
+        record = read_mixture(path, strict=False)
         return record if record.lines else None
 
     @cached_property

@@ -38,7 +38,7 @@ from castalia.checkpoint.stage import Staged
 from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
-from castalia.core.files import FULL
+from castalia.core.files import FULL, on_disk
 from castalia.monitor.display import size_text
 
 SHARD_BYTES = 4 << 30
@@ -74,6 +74,7 @@ class RankSave:
     staged: dict[str, Staged]
     texts: dict[str, bytes]
     patience: float
+    relied_on: Callable[[], None] = lambda: None
     own_files: list[str] = field(default_factory=list)
     has_left: bool = False
     has_gathered: bool = False
@@ -206,10 +207,11 @@ class RankSave:
     def commit(self, notes: list[Note]) -> None:
         """Write the texts, the manifest and COMPLETE, and rename the folder. Rank 0 only.
 
-        The order is the promise: files, manifest, COMPLETE, rename, each on the disk before the
-        next begins. A power cut at any moment leaves the old checkpoints and, at most, a temporary
-        folder.
+        The order is the promise: logs that the checkpoint relies on, files, manifest, COMPLETE,
+        rename, each on the disk before the next begins. A power cut at any moment leaves the old
+        checkpoints and, at most, a temporary folder.
         """
+        self.relied_on()
         files = {name: entry for note in notes for name, entry in note.files.items()}
         for name, text in self.texts.items():
             self.own_files.append(name)
@@ -232,15 +234,15 @@ class RankSave:
         )
         text = manifest.model_dump_json(indent=1).encode() + b"\n"
         write_bytes(self.temporary / MANIFEST, text)
-        sync_folder(self.temporary)
+        on_disk(self.temporary)
         write_bytes(self.temporary / COMPLETE, completion_mark(text))
-        sync_folder(self.temporary)
+        on_disk(self.temporary)
         if self.final.exists():
             # Incomplete or corrupt: a good one would have made this save unnecessary.
             discard(self.final)
         # The rename is the moment at which the checkpoint begins to exist.
         os.rename(self.temporary, self.final)
-        sync_folder(self.folder)
+        on_disk(self.folder)
 
     def wait_for_commit(self) -> None:
         """Return when rank 0 has renamed the folder. Other ranks only.
@@ -329,15 +331,6 @@ def discard(folder: Path) -> None:
     trash = folder.with_name(f".trash-{folder.name}-{time.time_ns():x}")
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, so that renames survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def wait_until(condition: Callable[[], bool], seconds: Callable[[], float]) -> bool:

@@ -104,6 +104,7 @@ class Store:
         state: Mapping[str, Any],
         files: Mapping[str, str] | None = None,
         asynchronous: bool = True,
+        relied_on: Callable[[], None] = lambda: None,
     ) -> SaveTiming:
         """Save this rank's share of `tensors` as the checkpoint of `step`.
 
@@ -112,6 +113,8 @@ class Store:
         state    small JSON values: progress, schedule, data fingerprint, loss scale. Rank 0's
                  count.
         files    name -> text, for instance config.yaml and tokenizer.json. Rank 0's count.
+        relied_on  called on rank 0, in the thread that writes, before the checkpoint is complete:
+                 forces to the disk what lies elsewhere and must be there after a power cut.
         Returns once the values are copied and may change; with asynchronous=False once the
         checkpoint exists. A good checkpoint of this step is kept, a damaged one is replaced.
         Raises   CheckpointError, also for a failure of the previous save.
@@ -126,7 +129,15 @@ class Store:
         self.saves += 1
         mark = f"{self.session:x}-{self.saves}"
         save = RankSave(
-            self.folder, step, mark, self.rank, self.world, staged, texts, self.patience
+            self.folder,
+            step,
+            mark,
+            self.rank,
+            self.world,
+            staged,
+            texts,
+            self.patience,
+            relied_on,
         )
         nbytes = sum(item.nbytes for item in staged.values())
         self.saving = save

@@ -77,6 +77,18 @@ def atomic_write(path: str | Path, mode: str = "w", *, synced: bool = True) -> I
             temporary.unlink(missing_ok=True)
 
 
+def on_disk(path: str | Path) -> None:
+    """Force the content of a file, or the entries of a folder, to the disk.
+
+    Raises  OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path, error: type[CastaliaError] = DataError) -> dict[str, Any]:
     """The JSON object in a file that somebody else may have written.
 

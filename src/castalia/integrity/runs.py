@@ -1,11 +1,10 @@
 """Folders of runs: the files beside the checkpoints, which are folders of their own."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from castalia.config.anchor import CONFIG
-from castalia.core.files import CLAIM
-from castalia.integrity.kinds import CheckedFile, FolderKind, unlisted
+from castalia.integrity.kinds import FolderKind
+from castalia.integrity.logs import check_files
 
 METRICS = "metrics.jsonl"
 
@@ -17,11 +16,4 @@ def recognizes(path: Path) -> bool:
     )
 
 
-def check(path: Path) -> Iterator[CheckedFile]:
-    """The files of a run that lie in its folder itself."""
-    for file in sorted(path.iterdir()):
-        if file.is_file() and file.name != CLAIM:
-            yield unlisted(file)
-
-
-RUNS = FolderKind("run", recognizes, check, whole=False)
+RUNS = FolderKind("run", recognizes, check_files, whole=False)

@@ -1,6 +1,7 @@
 """The mixture record, mixture.jsonl: writing it, reading it, and replaying a run from it."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError, DataError, TrainingError
-from castalia.core.files import atomic_write, cannot_write
+from castalia.core.log_lines import CHANGED, LineLog, LogLine, read_log, step_of, write_log
 from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.permutation import ONE, quantise
 from castalia.mixing.planner import BatchPlan, Planner
@@ -21,6 +22,8 @@ FORMAT = 1
 """Version in the header."""
 DIGITS = 10
 """Decimals of a weight: enough to restore a multiple of 2**-32 exactly."""
+COPIED = 1 << 22
+"""Bytes of the newest lines that each checkpoint of a run has a copy of: thousands of steps."""
 
 
 class MixtureLog:
@@ -55,39 +58,42 @@ class MixtureLog:
         header = header_of(planner)
         if resume_step is not None and self.path.exists():
             self.keep_until(resume_step)
-        if not self.path.exists() or not self.repair():
-            self.append(json.dumps(header) + "\n")
+        self.log = LineLog(self.path, copied=COPIED)
+        self.log.open()
+        if not self.log.lines:
+            self.log.append(json.dumps(header))
             return
-        with open(self.path, encoding="utf-8") as file:
-            before = parse_header(file.readline(), self.path)
-        if before["sources"] != header["sources"]:
+        if read_header(self.path)["sources"] != header["sources"]:
             raise ConfigError(
                 f"{path} is the record of other sources; choose another file for this run"
             )
 
-    def repair(self) -> bool:
-        """Cut off an incomplete last line, left by a killed run; return whether a line remains."""
-        with open(self.path, "r+b") as file:
-            complete = file.read().rfind(b"\n") + 1
-            file.truncate(complete)
-        return complete > 0
-
     def keep_until(self, step: int) -> None:
-        """Rewrite the file without the steps after `step`; at step 0, empty it."""
-        with open(self.path, encoding="utf-8") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        kept: list[str] = []
+        """Rewrite the file without the steps after `step`; at step 0, empty it.
+
+        Raises  DataError if a line up to `step` is damaged.
+        """
+        kept: list[bytes] = []
         self.last = None
-        if step:
-            for line in lines[1:]:
-                entry = json.loads(line)
-                if entry["step"] > step:
-                    continue
-                kept.append(line)
-                if entry.get("weights"):
-                    self.last = quantise(np.array(entry["weights"])) / ONE
-        with atomic_write(self.path) as file:
-            file.writelines([*lines[: min(step, 1)], *kept])
+        reached = 0
+        for line in read_log(self.path) if step else ():
+            if line.number == 1:
+                require_intact(self.path, line, reached)
+                kept.append(line.text)
+                continue
+            number = step_of(line.text)
+            if reached >= step or (number or 0) > step:
+                # It runs again, whatever stands in it.
+                continue
+            require_intact(self.path, line, reached)
+            if number is None:
+                raise DataError(f"{self.path} line {line.number}: not a line of a mixture record")
+            entry = json.loads(line.text)
+            reached = number
+            kept.append(line.text)
+            if entry.get("weights"):
+                self.last = quantise(np.array(entry["weights"])) / ONE
+        write_log(self.path, kept)
 
     def write(self, plan: BatchPlan, stats: Stats | None = None) -> None:
         """Write the line of a step, with its losses if `stats` of the same step are given."""
@@ -110,22 +116,14 @@ class MixtureLog:
             line["estimate"] = listed(estimates)
         if stats is not None:
             line["loss"] = listed(means_of(stats))
-        self.append(json.dumps(line) + "\n")
+        self.log.append(json.dumps(line), plan.step)
 
     def close(self) -> None:
         """Write the last step if it has no line, so that the record reaches the end of the run."""
         if self.unwritten is not None:
             self.every = 1
             self.write(self.unwritten)
-
-    def append(self, text: str) -> None:
-        """Append text to the file."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
+        self.log.close()
 
 
 def header_of(planner: Planner) -> dict[str, Any]:
@@ -211,28 +209,45 @@ class MixtureRecord:
         return mean
 
 
-def read_mixture(path: str | Path) -> MixtureRecord:
+def read_mixture(path: str | Path, *, strict: bool = True) -> MixtureRecord:
     """Read a record; an incomplete last line, left by a killed run, is ignored.
 
+    strict  refuse a record with a line that is not as it was written or not where it was written,
+            since the rows of a step follow from all lines before it. Otherwise a changed line is
+            left out and a warning says so: for a look at the record.
     Raises  DataError if the file is missing or not such a record, naming the line.
     """
+    record: MixtureRecord | None = None
+    last = 0
     try:
-        texts = Path(path).read_text(encoding="utf-8").split("\n")
+        for line in read_log(path):
+            if strict:
+                require_intact(path, line, last)
+            elif line.fault:
+                warnings.warn(f"{path} line {line.number} is damaged: {line.fault}", stacklevel=2)
+            if line.fault == CHANGED:
+                continue
+            if record is None:
+                record = MixtureRecord(parse_header(line.text, path))
+                continue
+            add_checked(record, line, path)
+            last = next(reversed(record.lines))
     except OSError as error:
         raise DataError(f"cannot read the mixture record {path}: {error.strerror}") from None
-    record = MixtureRecord(parse_header(texts[0], path))
-    for number, text in enumerate(texts[1:-1], 2):
-        try:
-            add_line(record, json.loads(text))
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise DataError(
-                f"{path} line {number}: not a line of a mixture record of format {FORMAT}"
-            ) from None
-    return record
+    return record or MixtureRecord(parse_header(b"", path))
 
 
-def parse_header(text: str, path: str | Path) -> dict[str, Any]:
-    """Parse the first line of a record.
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The first line of a record.
+
+    Raises  DataError if it is not a header.
+    """
+    line = next(read_log(path), None)
+    return parse_header(line.text if line else b"", path)
+
+
+def parse_header(text: bytes, path: str | Path) -> dict[str, Any]:
+    """Parse the first line of a record, without its checksum.
 
     Raises  DataError if it is not a header.
     """
@@ -246,6 +261,36 @@ def parse_header(text: str, path: str | Path) -> dict[str, Any]:
         f"{path} is not a mixture record of format {FORMAT}: its first line is not the header that"
         " MixtureLog writes"
     )
+
+
+def require_intact(path: str | Path, line: LogLine, last: int) -> None:
+    """Refuse a damaged line behind the line of step `last`.
+
+    Raises  DataError.
+    """
+    if not line.fault:
+        return
+    where = f"behind step {last} stands step {step_of(line.text)}"
+    if line.fault == CHANGED:
+        where = f"it stands behind step {last}"
+    raise DataError(
+        f"{path} line {line.number} is damaged: {line.fault}; {where}. The rows of a step follow"
+        " from all steps before it: restore the file from a copy, or start its run again, which"
+        " mends it from the copies in its checkpoints"
+    )
+
+
+def add_checked(record: MixtureRecord, line: LogLine, path: str | Path) -> None:
+    """Add a line that was read from a file.
+
+    Raises  DataError naming it if it is malformed.
+    """
+    try:
+        add_line(record, json.loads(line.text))
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise DataError(
+            f"{path} line {line.number}: not a line of a mixture record of format {FORMAT}"
+        ) from None
 
 
 def add_line(record: MixtureRecord, line: dict[str, Any]) -> None:
@@ -308,7 +353,9 @@ class Replay(Mixer):
                 f" {', '.join(self.sources[:20])}; names and order must be the same"
             )
         self.steps = np.array(record.steps)
-        self.table = table[:, [record.sources.index(name) for name in names]]
+        self.record = record
+        self.columns = [record.sources.index(name) for name in names]
+        self.table = table[:, self.columns]
         if not len(self.steps) or self.steps[0] != 1:
             raise ConfigError("replay: the record does not begin with step 1")
         self.shares = self.table[0]
@@ -331,3 +378,26 @@ class Replay(Mixer):
                 f"replay: the record ends at step {self.steps[-1]}, but step {step} is needed"
             )
         return self.table[self.place(step)]
+
+    def require_same(self, plan: BatchPlan) -> None:
+        """Compare the rows of a plan with those that the recorded run read in this step, and those
+        read before the next one: also a record without checksums shows so that it has a gap.
+
+        Raises  DataError, which names the step.
+        """
+        here = self.record.lines.get(plan.step, {})
+        later = self.record.lines.get(plan.step + 1, {})
+        pairs = [("counts", here, plan.counts), ("read", here, plan.starts)]
+        pairs.append(("read", later, plan.starts + plan.counts))
+        for name, line, planned in pairs:
+            if name not in line:
+                continue
+            # A source that has lost its rows since has none read.
+            recorded = np.where(plan.sizes > 0, line[name][self.columns], 0)
+            if not np.array_equal(recorded, np.where(plan.sizes > 0, planned, 0)):
+                raise DataError(
+                    f"the mixture record does not give the rows that its run read: of step"
+                    f" {line['step']} it has {name} {recorded.tolist()[:20]}, and its lines before"
+                    f" lead to {planned.tolist()[:20]}; lines before it are missing or were"
+                    " changed: restore the file from a copy"
+                )

@@ -2,11 +2,12 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castalia.core.files import atomic_write
+from castalia.core.log_lines import CHANGED, LineLog, read_log, step_of, write_log
 from castalia.rollouts.answers import Answer
 from castalia.rollouts.rows import Judged
 
@@ -19,44 +20,51 @@ class RolloutFile:
     """The answers of some steps, one a line, in a run's folder."""
 
     def __init__(self, folder: str) -> None:
-        self.file = Path(folder) / RECORD
+        self.log = LineLog(Path(folder) / RECORD)
         self.is_open = False
 
     def write(
         self, step: int, groups: Mapping[int, Sequence[Judged]], prompt_at: Callable[[int], Any]
     ) -> None:
         """Add the answers to the first prompts of a step; those that a run before a resume wrote of
-        it and of later steps are dropped.
+        it and of later steps are dropped, and damaged lines are left out with a warning.
 
         Takes   groups: answers by the place of their prompt; prompt_at: the prompt at a place.
         """
         if not self.is_open:
             self.is_open = True
             self.drop_from(step)
-        with open(self.file, "a", encoding="utf-8") as opened:
-            for place in sorted(groups)[:RECORDED]:
-                prompt = prompt_at(place)
-                for one in groups[place]:
-                    facts = {
-                        "step": step,
-                        "prompt": prompt,
-                        "completion": one.answer.text,
-                        "reward": one.reward,
-                        "advantage": one.advantage,
-                        "tokens": len(one.answer.ids),
-                        "ended": one.answer.has_ended,
-                    }
-                    opened.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            self.log.open()
+        for place in sorted(groups)[:RECORDED]:
+            prompt = prompt_at(place)
+            for one in groups[place]:
+                facts = {
+                    "step": step,
+                    "prompt": prompt,
+                    "completion": one.answer.text,
+                    "reward": one.reward,
+                    "advantage": one.advantage,
+                    "tokens": len(one.answer.ids),
+                    "ended": one.answer.has_ended,
+                }
+                self.log.append(json.dumps(facts, ensure_ascii=False), step)
 
     def drop_from(self, step: int) -> None:
         """Keep the lines of earlier steps."""
-        lines = []
-        if self.file.is_file():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        with atomic_write(self.file) as kept:
-            for line in lines:
-                if json.loads(line)["step"] < step:
-                    kept.write(line + "\n")
+        if not self.log.path.is_file():
+            return
+        kept = []
+        for line in read_log(self.log.path):
+            number = step_of(line.text)
+            if number is not None and number >= step:
+                break
+            if line.fault:
+                warnings.warn(
+                    f"{self.log.path} line {line.number} is damaged: {line.fault}", stacklevel=2
+                )
+            if number is not None and line.fault != CHANGED:
+                kept.append(line.text)
+        write_log(self.log.path, kept)
 
 
 def facts_of(groups: Iterable[Sequence[Judged]], names: Sequence[str]) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """The folder of a run: which run it holds, and the files that describe it."""
 
+import hashlib
 import json
 import shlex
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +12,20 @@ from castalia.config import dump_yaml, flatten, read_yaml
 from castalia.config.anchor import DIRECTORY
 from castalia.config.base import check
 from castalia.config.changes import may_change
-from castalia.core.errors import ConfigError
-from castalia.core.files import atomic_write, cannot_write, write_json
+from castalia.core.errors import ConfigError, DataError
+from castalia.core.files import atomic_write, cannot_write, read_json, sha256_of, write_json
 from castalia.monitor import describe_environment
 from castalia.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from castalia.distributed import World
+
+
+RECORD = "env.json"
+HASHED = ("config.yaml", "command.txt")
+"""Files whose hashes env.json has."""
+HASHES = "sha256"
+"""Their key in it."""
 
 
 def check_run_folder(config: RunConfig) -> None:
@@ -55,16 +64,64 @@ def write_run_folder(
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
         file.writelines(f"{line}\n" for line in commands(folder, shlex.join(command)))
-    path = folder / "env.json"
+    path = folder / RECORD
     environment = describe_environment(world.device, world.size)
     # The paths in config.yaml are relative to it: see config/anchor.py.
     environment[DIRECTORY] = str(Path.cwd())
     if not start and path.is_file():
         # A resumed run reads no start weights; it keeps the record of its first start.
-        start = json.loads(path.read_text(encoding="utf-8")).get("start", {})
+        start = recorded_start(path)
     if start:
         environment["start"] = start
-    write_json(path, environment)
+    # Last: its hashes are those of the files that are there now.
+    write_json(path, with_hashes(folder, environment))
+
+
+def recorded_start(path: Path) -> dict[str, Any]:
+    """The record of the start weights in an env.json; empty, with a warning, if it is damaged."""
+    try:
+        start: dict[str, Any] = read_json(path).get("start", {})
+    except DataError as error:
+        warnings.warn(f"{error}; it is written anew", stacklevel=2)
+        return {}
+    return start
+
+
+def with_hashes(folder: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """The content of env.json with the SHA-256 of the files beside it and of its own values."""
+    hashes = {name: sha256_of(folder / name) for name in HASHED if (folder / name).is_file()}
+    return {**environment, HASHES: {**hashes, RECORD: hash_of_values(environment, hashes)}}
+
+
+def hash_of_values(environment: dict[str, Any], hashes: dict[str, Any]) -> str:
+    """SHA-256 of what env.json says, but for itself."""
+    text = json.dumps([environment, hashes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def recorded_faults(folder: Path) -> dict[str, str | None]:
+    """Why config.yaml, command.txt and env.json are not what the last start wrote, by name; None
+    for one that is. Empty for a folder of an older version, which has no hashes."""
+    path = folder / RECORD
+    try:
+        environment = read_json(path) if path.is_file() else {}
+    except DataError as error:
+        return {RECORD: str(error)}
+    recorded = environment.pop(HASHES, None)
+    if not isinstance(recorded, dict):
+        return {}
+    own = recorded.pop(RECORD, None)
+    faults: dict[str, str | None] = {RECORD: None}
+    if own != hash_of_values(environment, recorded):
+        faults[RECORD] = f"{path} is not what the last start of the run wrote"
+    for name, digest in recorded.items():
+        file = folder / name
+        faults[name] = None
+        if not file.is_file():
+            faults[name] = f"{file} is missing"
+        elif sha256_of(file) != digest:
+            faults[name] = f"{file} is not what the last start of the run wrote"
+    return faults
 
 
 def commands(folder: Path, command: str) -> list[str]:

@@ -8,7 +8,8 @@ import numpy as np
 from castalia.data import RunRows
 from castalia.data.row_source import RowPlaces
 from castalia.data.rows_by_source import RowsBySource
-from castalia.mixing import PlannedRows, Planner, make_mixer, read_mixture
+from castalia.mixing import PlannedRows, Planner, read_mixture
+from castalia.mixing.record import Replay
 from castalia.runs.config import RunConfig
 
 
@@ -33,8 +34,9 @@ class RecordedOrder:
         self.step = 0
         self.rows = PlannedRows(*(np.empty(0, np.int64) for _ in range(3)))
         mixing = self.config.mixing
+        self.replay = Replay(self.sources, record=self.record)
         self.planner = Planner(
-            make_mixer("replay", sources=self.sources, record=self.record),
+            self.replay,
             sizes=self.sizes,
             rows=self.config.train.batch_size,
             seed=self.config.order_seed,
@@ -46,7 +48,8 @@ class RecordedOrder:
     def __call__(self, index: int) -> tuple[int, int]:
         """The source of the row at place `index`, and the row's place in that source's order.
 
-        Raises  TrainingError past the end of the record.
+        Raises  TrainingError past the end of the record; DataError if it gives other rows than its
+                run read.
         """
         step, place = divmod(int(index), self.config.train.batch_size)
         self.plan(step)
@@ -61,6 +64,7 @@ class RecordedOrder:
             self.begin()
         while self.step < step + 1:
             plan = self.planner.plan(self.step + 1)
+            self.replay.require_same(plan)
             self.step += 1
             # Resolving a plan to rows is the expensive part; the steps before need none.
             if self.step == step + 1:

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import DataError
-from castalia.core.files import atomic_write, cannot_write
-from castalia.monitor import read_metrics
+from castalia.core.log_lines import BROKEN, LineLog, read_log
 from castalia.train.stopping import say
 
 EVENTS = "events.jsonl"
@@ -18,32 +16,39 @@ EVENTS = "events.jsonl"
 
 def append_event(output: Path, event: dict[str, Any]) -> None:
     """Append one line and force it to the disk, before anything acts on the decision."""
-    path = output / EVENTS
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-            # Before anything acts on it: after a crash in the rollback the decision still stands.
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    # Decisions are few: the file is small, and a last line that a crash cut off is removed.
+    log = LineLog(output / EVENTS)
+    log.open()
+    log.append(json.dumps(event), event["step"])
+    # Before anything acts on it: after a crash in the rollback the decision still stands.
+    log.close()
 
 
 def read_events(output: str | Path) -> list[dict[str, Any]]:
     """The decisions of a run, oldest first; [] without a file.
 
-    Raises  DataError if a line is not an event.
+    Raises  DataError if a line is not an event, or not as it was written: a run skips the steps
+            that they name, so that it must not guess them.
     """
     path = Path(output) / EVENTS
-    events = read_metrics(path) if path.exists() else []
-    if events and not path.read_text(encoding="utf-8").endswith("\n"):
-        # A crash cut the last line off. The next event must not be appended to its remains.
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
-    for event in events:
+    events = []
+    for line in read_log(path) if path.exists() else ():
+        if line.fault == BROKEN:
+            # Deleting a line revokes its decision: that is for people to do.
+            warn(f"{path} line {line.number}: {line.fault}; what stands there is followed")
+        elif line.fault:
+            raise DataError(
+                f"{path} line {line.number} is damaged: {line.fault}; the run skips the steps that"
+                " these lines name: restore the file from a copy, or move it away to go on with"
+                " the decisions in the checkpoint alone"
+            )
+        try:
+            event = json.loads(line.text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} line {line.number} is not JSON: {error}") from None
         if not isinstance(event, dict) or not {"step", "event"} <= event.keys():
             raise DataError(f"{path}: expected a step and an event on each line, got {event!r}")
+        events.append(event)
     return events
 
 

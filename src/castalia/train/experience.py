@@ -99,6 +99,8 @@ class Experience:
         self.kept = {
             int(place): [from_json(one) for one in group] for place, group in state["kept"].items()
         }
+        # After a rollback some steps run again: their answers are not written twice.
+        self.file.is_open = False
 
     def train_batches(
         self, micro_batches: Sequence[Batch], step: int, metrics: dict[str, Any]
@@ -276,4 +278,5 @@ def make_experience(trainer: "Trainer") -> "Experience | Divergence | None":
         AnswerReferences(trainer, trainer.loss) if trainer.loss.beta else None,
     )
     trainer.states["experience"] = experience
+    trainer.checkpoints.logs.add(lambda: experience.file.log)
     return experience

@@ -15,7 +15,7 @@ from castalia.data.row_source import RowPlaces
 from castalia.data.rows_by_source import RowsBySource
 from castalia.mixing import BatchPlan, ExhaustionError, Planner, Stats, read_mixture
 from castalia.mixing.config import MixingConfig
-from castalia.mixing.record import header_of
+from castalia.mixing.record import Replay, header_of
 from castalia.runs.config import RunConfig
 from castalia.train.totals import StepTotals
 
@@ -77,6 +77,8 @@ class PlannedMixture:
         self.config = config
         self.steps = steps
         self.allow_changed = allow_changed
+        self.repeats: Replay | None = None
+        """The replay whose very rows this run reads."""
         self.notes = [*planner.mixer.notes(steps), *notes]
         """Sentences for the start table."""
         self.done = 0
@@ -120,7 +122,10 @@ class PlannedMixture:
         last = min(self.done + 1 + self.planner.lag, self.steps)
         while self.ended is None and self.planner.step < last:
             try:
-                self.coming.append(self.planner.plan(self.planner.step + 1))
+                plan = self.planner.plan(self.planner.step + 1)
+                if self.repeats is not None:
+                    self.repeats.require_same(plan)
+                self.coming.append(plan)
             except ExhaustionError as error:
                 # Steps already planned still run; the loop ends after them.
                 self.ended = str(error)
@@ -267,13 +272,17 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
         exhaustion=mixing.exhaustion,
         allow_empty=allow_empty,
     )
-    return PlannedMixture(
+    notes = replay_notes(mixing, planner, config.train.steps)
+    mixture = PlannedMixture(
         planner,
         mixing,
         steps=config.train.steps,
-        notes=replay_notes(mixing, planner, config.train.steps),
+        notes=notes,
         allow_changed=config.data.allow_changed,
     )
+    if isinstance(mixer, Replay) and not notes:
+        mixture.repeats = mixer
+    return mixture
 
 
 def replay_notes(mixing: MixingConfig, planner: Planner, steps: int) -> list[str]:

@@ -22,6 +22,7 @@ from castalia.optim.groups import matches
 from castalia.optim.updater import Updater, state_names
 from castalia.runs.config import RunConfig
 from castalia.tokenizers.settings import TEMPLATE_FILE, companions
+from castalia.train.run_logs import RunLogs
 
 LONG = 10.0
 """Factor on the watchdog's limit for saving and loading, which wait for a disk."""
@@ -74,15 +75,22 @@ class Checkpoints:
     model, updater  their tensors are saved as they are, and filled in place.
     states          everything else that must survive a crash, by its name in state.json.
     files           text files beside each checkpoint: its config and tokenizer.
+    logs            the append-only logs of the run, which hooks add; they are on the disk before a
+                    checkpoint is.
     """
 
     store: Store
     config: RunConfig
     model: Any
     updater: Updater
-    states: Mapping[str, Stateful]
+    states: dict[str, Stateful]
     files: Mapping[str, str]
     watchdog: Watchdog
+
+    def __post_init__(self) -> None:
+        # A state as the others are: how far they had come is compared at a resume.
+        self.logs = RunLogs(Path(self.config.output))
+        self.states["logs"] = self.logs
 
     def save(self, step: int, *, asynchronous: bool) -> SaveTiming:
         """Stage the state of `step`; with `asynchronous` the writing happens in the background."""
@@ -90,7 +98,12 @@ class Checkpoints:
         state = {name: part.state_dict() for name, part in self.states.items()}
         with self.watchdog.doing("saving", LONG):
             return self.store.save(
-                step, self.own_tensors(), state, self.files, asynchronous=asynchronous
+                step,
+                self.own_tensors(),
+                state,
+                {**self.files, **self.logs.copies()},
+                asynchronous=asynchronous,
+                relied_on=self.logs.sync,
             )
 
     @property
@@ -121,7 +134,8 @@ class Checkpoints:
             return None
         step, saved = loaded
         # Checkpoints of older versions have no record of start weights: theirs were always drawn.
-        saved = {"start": {}} | saved
+        # Nor do they say how far the logs had come.
+        saved = {"start": {}, "logs": {}} | saved
         # In the order of the states, whose first objection is the most helpful.
         for name, part in self.states.items():
             if name not in saved:

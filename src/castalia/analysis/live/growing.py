@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import IO, Any
 
 from castalia.analysis.runs import Columns, lines_by_step
 from castalia.core.errors import DataError
+from castalia.core.log_lines import text_of
 from castalia.mixing.record import MixtureRecord, add_line, parse_header
 
 TAIL = 256
@@ -99,7 +101,8 @@ class GrowingMetrics(GrowingFile):
 
         Raises  DataError if one is not an object with a step.
         """
-        fresh = [self.parsed(line, self.count + number) for number, line in enumerate(lines, 1)]
+        parsed = (self.parsed(line, self.count + number) for number, line in enumerate(lines, 1))
+        fresh = [record for record in parsed if record is not None]
         last = self.records[-1:] + fresh
         if not all(a["step"] < b["step"] for a, b in pairwise(last)):
             # Training writes a file anew before it goes back, so that this is rare.
@@ -110,13 +113,17 @@ class GrowingMetrics(GrowingFile):
         self.columns.add(fresh)
         self.records += [flat(record) for record in fresh]
 
-    def parsed(self, line: bytes, number: int) -> dict[str, Any]:
-        """The object of a line.
+    def parsed(self, line: bytes, number: int) -> dict[str, Any] | None:
+        """The object of a line; None, with a warning, if it was changed after it was written.
 
         Raises  DataError.
         """
+        text = text_of(line)
+        if text is None:
+            warnings.warn(f"{self.path} line {number} is damaged; it is left out", stacklevel=2)
+            return None
         try:
-            record = json.loads(line)
+            record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} line {number} is not JSON: {error}") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -146,11 +153,15 @@ class GrowingMixture(GrowingFile):
         Raises  DataError if one is damaged.
         """
         for number, line in enumerate(lines, self.count + 1):
+            text = text_of(line)
+            if text is None:
+                warnings.warn(f"{self.path} line {number} is damaged; it is left out", stacklevel=2)
+                continue
             try:
                 if self.record is None:
-                    self.record = MixtureRecord(parse_header(line.decode(), self.path))
+                    self.record = MixtureRecord(parse_header(text, self.path))
                 else:
-                    add_line(self.record, json.loads(line))
+                    add_line(self.record, json.loads(text))
             except (ValueError, KeyError, TypeError, StopIteration):
                 raise DataError(
                     f"{self.path} line {number} is not a line of a mixture record"

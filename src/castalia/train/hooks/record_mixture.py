@@ -5,13 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from castalia.checkpoint.find import find_checkpoint
+from castalia.checkpoint.load import read_state
 from castalia.core.files import atomic_write
 from castalia.distributed import World
-from castalia.mixing import MixtureLog, Watch, read_mixture
+from castalia.mixing import MixtureLog, Watch
+from castalia.mixing.record import read_header
 from castalia.runs.config import RunConfig
 from castalia.runs.hook import Hook, Step
+from castalia.train.events import warn
 from castalia.train.mixture import PlannedMixture, StaticBlend
+from castalia.train.mixture_copies import mend
+from castalia.train.resume import Checkpoints
 from castalia.train.stopping import say
+
+FILE = "mixture.jsonl"
 
 
 class RecordMixture(Hook):
@@ -21,21 +28,32 @@ class RecordMixture(Hook):
     mixture: PlannedMixture | None = None
 
     def start(
-        self, *, config: RunConfig, world: World, mixture: PlannedMixture | StaticBlend
+        self,
+        *,
+        config: RunConfig,
+        world: World,
+        mixture: PlannedMixture | StaticBlend,
+        checkpoints: Checkpoints,
     ) -> None:
         """Open the file, on the leading rank of a run with a planner."""
         if isinstance(mixture, PlannedMixture) and world.leads:
             self.mixture = mixture
-            self.path = Path(config.output) / "mixture.jsonl"
+            self.logs = checkpoints.logs
+            self.checkpoints = checkpoints.store.folder
+            self.path = Path(config.output) / FILE
             if config.train.start_step and config.model.start is not None:
                 take_over(self.path, config.model.start)
             self.begin(mixture)
+            self.logs.add(lambda: self.log.log if self.log else None)
 
     def begin(self, mixture: PlannedMixture) -> None:
         """Continue after the steps observed; later ones are dropped from the file."""
         planner = mixture.planner
         self.watch = Watch(planner.sources, planner.mixer.prior)
         # Before the log opens the file, which it would continue.
+        least = self.logs.least(FILE)
+        if mixture.done and (told := mend(self.path, mixture.done, least, self.checkpoints)):
+            warn(told)
         set_aside(self.path, planner.sources, mixture.done)
         self.log = MixtureLog(
             self.path, planner, every=mixture.config.log_every, resume_step=mixture.done
@@ -68,10 +86,16 @@ def take_over(path: Path, start: str) -> None:
     if path.exists():
         return
     # checkpoints/step-00001000 in the folder of the run.
-    before = find_checkpoint(start).parent.parent / path.name
+    checkpoint = find_checkpoint(start)
+    before = checkpoint.parent.parent / path.name
     if before.is_file():
-        with atomic_write(path) as file:
-            file.write(before.read_text(encoding="utf-8"))
+        with atomic_write(path, "wb") as file:
+            file.write(before.read_bytes())
+    # What is damaged there is restored from the copies there.
+    state = read_state(checkpoint)
+    least = state.get("logs", {}).get(FILE, {}).get("step")
+    if told := mend(path, state["progress"]["step"], least, checkpoint.parent):
+        warn(told)
 
 
 def set_aside(path: Path, sources: Sequence[str], step: int) -> None:
@@ -79,5 +103,5 @@ def set_aside(path: Path, sources: Sequence[str], step: int) -> None:
 
     One record has one list of sources, so the new steps need a file of their own.
     """
-    if step and path.exists() and read_mixture(path).sources != list(sources):
+    if step and path.exists() and read_header(path)["sources"] != list(sources):
         path.rename(path.with_name(f"mixture-to-step-{step:08d}.jsonl"))
