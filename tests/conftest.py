@@ -15,6 +15,7 @@ pytest_plugins = [
     "tests.fixtures.token_files",
     "tests.fixtures.short_run",
     "tests.fixtures.tiny_model",
+    "tests.fixtures.training_shell",
     "tests.fixtures.hub_server",
     "tests.fixtures.harness_tasks",
     "tests.fixtures.browser",

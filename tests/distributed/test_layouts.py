@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.fixtures.forked_shell import TRAINING, ForkedShell
 
 import castalia
 from castalia.checkpoint import read
@@ -57,14 +55,6 @@ def tokens(tmp_path_factory) -> Path:
     return prefix
 
 
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory) -> Iterator[ForkedShell]:
-    """A process that has imported torch, whose forks are the ranks."""
-    shell = ForkedShell(tmp_path_factory.mktemp("shell"), *TRAINING)
-    yield shell
-    shell.close()
-
-
 def launch(words: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
     """`castalia WORDS` under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -80,7 +70,7 @@ def lines_of(done: subprocess.CompletedProcess[str], output: Path) -> list[dict]
 
 
 @pytest.fixture(scope="module")
-def alone(tokens, shell, tmp_path_factory):
+def alone(tokens, training_shell, tmp_path_factory):
     """Callable: lines and folder of the one-process run with overrides that change numbers."""
     known = {}
 
@@ -88,7 +78,9 @@ def alone(tokens, shell, tmp_path_factory):
         key = tuple(text for text in overrides if not text.startswith(("parallel.", "train.micro")))
         if key not in known:
             output = tmp_path_factory.mktemp("alone") / "run"
-            done = shell.castalia([*BASE, f"data.train={tokens}", f"output={output}", *key])
+            done = training_shell.castalia(
+                [*BASE, f"data.train={tokens}", f"output={output}", *key]
+            )
             known[key] = (lines_of(done, output), output)
         return known[key]
 
@@ -96,10 +88,10 @@ def alone(tokens, shell, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(tokens, shell, alone, tmp_path, name):
+def test_layout_equals_one_process(tokens, training_shell, alone, tmp_path, name):
     ranks, overrides = LAYOUTS[name]
     words = [*BASE, f"data.train={tokens}", f"output={tmp_path / 'run'}", *overrides]
-    done = launch(words, ranks) if name == LAUNCHED else shell.castalia(words, ranks)
+    done = launch(words, ranks) if name == LAUNCHED else training_shell.castalia(words, ranks)
     ours = lines_of(done, tmp_path / "run")
     theirs, folder = alone(overrides)
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
@@ -133,9 +125,9 @@ def test_masked_labels_are_fewer_and_validation_is_there(alone):
     assert all(line["valid_loss"] > 0 for line in lines)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tokens, shell, tmp_path):
+def test_a_batch_that_does_not_divide_is_refused(tokens, training_shell, tmp_path):
     words = [*BASE, f"data.train={tokens}", f"output={tmp_path / 'run'}", "train.batch_size=11"]
-    done = shell.castalia(words, 2)
+    done = training_shell.castalia(words, 2)
     assert done.returncode != 0
     assert "castalia: error: " in done.stderr and "11" in done.stderr and "2" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -154,10 +146,10 @@ loss.NextToken.__call__ = poisoned
 """
 
 
-def test_nan_on_one_process_stops_all_before_the_update(tokens, shell, tmp_path):
+def test_nan_on_one_process_stops_all_before_the_update(tokens, training_shell, tmp_path):
     output = tmp_path / "run"
     words = [*BASE, f"data.train={tokens}", f"output={output}"]
-    done = shell.castalia(words, 2, NAN_ON_RANK_1)
+    done = training_shell.castalia(words, 2, NAN_ON_RANK_1)
     assert done.returncode != 0
     said = [
         line

@@ -4,10 +4,9 @@ tensor."""
 import math
 
 import pytest
-from tests.seams.ranks import on_ranks
 
 
-def test_a_plain_gradient_counts_beside_sharded_ones():
+def test_a_plain_gradient_counts_beside_sharded_ones(on_ranks):
     for result in on_ranks("gradients.py", 2):
         whole, split = result["whole"], result["split"]
         assert split["norm"] == pytest.approx(whole["norm"], rel=1e-6)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.seams.ranks import on_ranks
 from tests.seams.toy_losses import LAYOUTS, SMALL, Preference, one_step, options_of
 
 from castalia.core.errors import ConfigError, TrainingError
@@ -48,7 +47,7 @@ def make(tokens, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ranks(tokens, tmp_path_factory):
+def ranks(on_ranks, tokens, tmp_path_factory):
     """What each of two ranks found, in every layout, with every toy loss."""
     return on_ranks("toy_losses.py", 2, tokens, tmp_path_factory.mktemp("ranks"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.fixtures.training_shell import OnRanks
 from tests.seams import sgd, sharded_updates
-from tests.seams.ranks import on_ranks
 
 from castalia.core.errors import ConfigError
 from castalia.cost.estimate import estimate
@@ -102,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(tokens: str, folder: Path) -> list[dict]:
+def ranks(on_ranks: OnRanks, tokens: str, folder: Path) -> list[dict]:
     """What the two ranks report."""
     return on_ranks("sgd.py", 2, folder, tokens)
 

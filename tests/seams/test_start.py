@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.seams.ranks import on_ranks
+from tests.fixtures.training_shell import OnRanks
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from castalia.checkpoint import find_checkpoint, read, read_state
@@ -86,7 +86,7 @@ def values(start: Any, config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 def test_four_ranks_hold_the_folder_bit_for_bit_and_read_their_slices(
-    folder: Path, tmp_path: Path
+    on_ranks: OnRanks, folder: Path, tmp_path: Path
 ) -> None:
     results = on_ranks("start.py", 4, folder, tmp_path / "run")
     whole = sorted(open_model(folder).tensors)

@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.fixtures.forked_shell import TRAINING, ForkedShell
+from tests.fixtures.forked_shell import ForkedShell
 
 from castalia.data import IndexedDatasetWriter
 
@@ -53,11 +52,9 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def train(tokens, tmp_path_factory) -> Iterator[Runs]:
+def train(tokens, training_shell) -> Runs:
     """Callable that trains."""
-    shell = ForkedShell(tmp_path_factory.mktemp("shell"), *TRAINING)
-    yield Runs(tokens, shell)
-    shell.close()
+    return Runs(tokens, training_shell)
 
 
 def metrics(output: Path) -> list[dict]:

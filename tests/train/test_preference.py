@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tests.seams.preferences import LAYOUTS, SMALL, one_step, words_of, write_pairs, write_rows
-from tests.seams.ranks import on_ranks
 
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.data import IndexedDataset
@@ -131,7 +130,7 @@ def test_a_resumed_reference_is_the_start_of_the_run(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_change_nothing(tmp_path):
+def test_ranks_change_nothing(on_ranks, tmp_path):
     alone = {}
     for number, (layout, words) in enumerate(LAYOUTS.items()):
         own = tmp_path / str(number)
