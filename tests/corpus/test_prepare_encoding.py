@@ -28,6 +28,7 @@ MARKS = [
     for i in range(0x300, 0x20000)
     if unicodedata.combining(chr(i)) or recent_characters()[0][i]
 ]
+FORMS = ["a{}\u0316\u0301x", "\u1100{}\u0327o", "a\u0316{}x", "{0}{0}"]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,18 @@ def both(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "a{}\u0316\u0301x",
-        "\u1100{}\u0327o",
-        pytest.param("a\u0316{}x", marks=pytest.mark.slow),
-        pytest.param("{0}{0}", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_every_combining_mark(tokenizer, form):
     ours, known = both(tokenizer, [form.format(mark) for mark in MARKS])
+    assert ours == known
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_marks_that_combine_and_some_other_recent_characters(tokenizer, form):
+    combine = [mark for mark in MARKS if unicodedata.category(mark).startswith("M")]
+    assert len(combine) > 500
+    ours, known = both(tokenizer, [form.format(mark) for mark in (*combine, *MARKS[::97])])
     assert ours == known
 
 
