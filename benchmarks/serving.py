@@ -37,7 +37,7 @@ LEAVERS = 1000
 """Clients that disconnect early."""
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, shape: dict[str, int] = SHAPE) -> Path:
     """A run with random weights and a tokenizer trained on Python's standard library."""
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
@@ -52,7 +52,7 @@ def write_model(folder: Path) -> Path:
         for path in sorted(Path(os.__file__).parent.glob("*.py"))[:80]
     ]
     tokenizer = train_tokenizer(texts, 8192, folder / "tokenizer.json")
-    config = NeoxConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
+    config = NeoxConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **shape)
     model = Decoder(config)
     initialize(model, start_weights(model.config, 0))
     files = {
@@ -152,7 +152,9 @@ def get(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
-def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
+def start(
+    model: str, options: argparse.Namespace, port: int, queue: int = 2000
+) -> subprocess.Popen[bytes]:
     """Start the server in a process of its own, and wait until it answers."""
     command = [
         sys.executable,
@@ -165,7 +167,7 @@ def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Pope
         "--dtype",
         options.dtype,
     ]
-    command += ["--slots", str(options.slots), "--queue", "2000"]
+    command += ["--slots", str(options.slots), "--queue", str(queue)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(600):
         try:

@@ -34,11 +34,28 @@ class TrainingError(CastaliaError):
     """Training cannot continue: a loss or gradient is not finite, or a rank is lost."""
 
 
+MOST_QUOTED = 100
+"""Characters of what a user gave that an error repeats."""
+
+
+def quoted(text: str, most: int = MOST_QUOTED) -> str:
+    """A text of a user's in quotes, for an error: at most its first `most` characters.
+
+    An error that repeats megabytes is no error anyone reads, and costs as much as the request.
+    """
+    if len(text) <= most:
+        return repr(text)
+    return f"{text[:most]!r}… ({len(text):,} characters)"
+
+
 def nearest(name: str, choices: Iterable[str], alike: float = 0.6) -> str:
     """The hint `; did you mean 'x'?` for the choice closest to `name`; empty if none is close.
 
-    `alike` is difflib's ratio from which a choice is close.
+    `alike` is difflib's ratio from which a choice is close. An overlong name is close to none: the
+    comparison takes time with the square of the length.
     """
+    if len(name) > MOST_QUOTED:
+        return ""
     matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=alike)
     if not matches:
         return ""

@@ -132,7 +132,9 @@ class ChatTemplate:
                     return str(template.render(messages=attempt, **names))
             return str(template.render(messages=attempts[-1], **names))
         except Exception as error:  # a template may fail in any way that Python can
-            raise ConfigError(f"the chat template rejects this conversation: {error}") from None
+            # Some errors of Python, such as that memory is exhausted, say nothing but their name.
+            reason = str(error) or type(error).__name__
+            raise ConfigError(f"the chat template rejects this conversation: {reason}") from None
 
     def reads(self, name: str) -> bool:
         """Whether the template reads a variable, such as `tools`."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from castalia.core.errors import ConfigError
+from castalia.core.errors import ConfigError, quoted
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of an assistant's reasoning. Templates read the first; some read the second."""
@@ -30,8 +30,8 @@ def texts_of_parts(parts: Sequence[Any]) -> list[str]:
             kind = str(part.get("type", "text"))
             if kind not in TEXT_PARTS:
                 raise ConfigError(
-                    f"part {number} of the content has the type {kind!r}; expected text, as the"
-                    " model reads nothing else"
+                    f"part {number} of the content has the type {quoted(kind)}; expected text, as"
+                    " the model reads nothing else"
                 )
             text = part.get(TEXT_PARTS[kind])
         if not isinstance(text, str):

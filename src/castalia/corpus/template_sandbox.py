@@ -49,7 +49,15 @@ def environment(where: str) -> Any:
         raise jinja2.TemplateError(message)
 
     # Templates come from downloaded folders: the sandbox denies them Python's internals.
+    @jinja2.pass_context
+    def unchanged(context: Any, value: Any) -> Any:
+        return value
+
+    # Nothing is computed while a template is compiled, before any limit of the server holds: no
+    # optimizer, and a function that needs the context before each output.
     sandboxed = sandbox.ImmutableSandboxedEnvironment(
+        optimized=False,
+        finalize=unchanged,
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", generation_blocks()],

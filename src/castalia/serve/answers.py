@@ -1,6 +1,5 @@
 """OpenAI's answers, whole or in chunks, made from the scheduler's events."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 from castalia.inference.decoding import FinishReason
 from castalia.inference.language_model import LanguageModel
+from castalia.serve.answer_json import FEW, json_text
 from castalia.serve.protocol import (
     ChatAnswer,
     ChatChoice,
@@ -82,27 +82,50 @@ class AnswerFormat:
         """
         choices: list[Choice] = []
         replies: list[ChatChoice] = []
+        logprobs: list[dict[str, Any] | None] = []
         for index, (text, echo, report) in enumerate(zip(texts, echoes, reports, strict=True)):
             written = echo + text.text
             tokens = None
             if report is not None:
                 tokens = report.take(written, text.tokens, text.finish_reason)
             reason = openai_reason(text.finish_reason)
+            logprobs.append(self.logprobs(tokens))
             if self.chat:
                 message = {"role": "assistant", "content": written}
-                listed = chat_logprobs(tokens)
-                reply = ChatChoice(
-                    index=index, message=message, logprobs=listed, finish_reason=reason
-                )
-                replies.append(reply)
+                replies.append(ChatChoice(index=index, message=message, finish_reason=reason))
             else:
-                counted = completion_logprobs(tokens)
-                choice = Choice(index=index, text=written, logprobs=counted, finish_reason=reason)
-                choices.append(choice)
+                choices.append(Choice(index=index, text=written, finish_reason=reason))
         if self.chat:
             chat = ChatAnswer(**self.identity, choices=replies, usage=usage)
-            return chat.model_dump(exclude={"choices": {"__all__": {"delta"}}})
-        return CompletionAnswer(**self.identity, choices=choices, usage=usage).model_dump()
+            answer = chat.model_dump(exclude={"choices": {"__all__": {"delta"}}})
+        else:
+            answer = CompletionAnswer(**self.identity, choices=choices, usage=usage).model_dump()
+        for choice, scores in zip(answer["choices"], logprobs, strict=True):
+            # Here: pydantic would read and copy each of them.
+            choice["logprobs"] = scores
+        return answer
+
+    def logprobs(self, tokens: Sequence[ReportedToken] | None) -> dict[str, Any] | None:
+        """Log-probabilities in the form of the endpoint; None if not requested."""
+        if self.chat:
+            return chat_logprobs(tokens)
+        counted = completion_logprobs(tokens)
+        return None if counted is None else dict(counted)
+
+    def event_chunk(
+        self, index: int, text: str, event: StreamEvent, report: TokenReport | None
+    ) -> str:
+        """The output of one event as a server-sent event; "" if there is nothing to send.
+
+        Takes   text: that of the event, with an echo before it.
+        """
+        tokens = None
+        if report is not None:
+            tokens = report.take(text, event.tokens, event.finish_reason)
+        # A step may end inside a character: nothing to send.
+        if text or tokens or event.finish_reason is not None:
+            return self.chunk(index, text, tokens, event.finish_reason)
+        return ""
 
     def chunk(
         self,
@@ -117,15 +140,14 @@ class AnswerFormat:
             reply = ChatChoice(
                 index=index,
                 delta={"content": text} if text else {},
-                logprobs=chat_logprobs(tokens),
                 finish_reason=reason,
             )
-            return self.chat_chunk([reply])
-        choice = Choice(
-            index=index, text=text, logprobs=completion_logprobs(tokens), finish_reason=reason
-        )
+            return self.chat_chunk(reply, tokens)
+        choice = Choice(index=index, text=text, finish_reason=reason)
         answer = CompletionAnswer(**self.identity, choices=[choice])
-        return server_sent(answer.model_dump(exclude=self.left_out))
+        dumped = answer.model_dump(exclude=self.left_out)
+        dumped["choices"][0]["logprobs"] = self.logprobs(tokens)
+        return server_sent(dumped, is_long=tokens is not None and len(tokens) > FEW)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -138,18 +160,20 @@ class AnswerFormat:
         """Fields that the chunks of a stream do not have."""
         return set() if self.usage_follows else {"usage"}
 
-    def chat_chunk(self, choices: list[ChatChoice]) -> str:
-        """Chat choices as a server-sent event."""
-        answer = ChatAnswer(**self.identity, object="chat.completion.chunk", choices=choices)
+    def chat_chunk(self, reply: ChatChoice, tokens: Sequence[ReportedToken] | None = None) -> str:
+        """A part of one reply as a server-sent event."""
+        answer = ChatAnswer(**self.identity, object="chat.completion.chunk", choices=[reply])
         # A client tells a chunk from the last one by `finish_reason: null`, so nulls are sent.
         left_out: dict[str, Any] = dict.fromkeys(self.left_out, True)
         left_out["choices"] = {"__all__": {"message"}}
-        return server_sent(answer.model_dump(exclude=left_out))
+        dumped = answer.model_dump(exclude=left_out)
+        dumped["choices"][0]["logprobs"] = self.logprobs(tokens)
+        return server_sent(dumped)
 
     def opening(self, index: int) -> str:
         """The first chunk of a chat reply, which carries the role."""
         reply = ChatChoice(index=index, delta={"role": "assistant", "content": ""})
-        return self.chat_chunk([reply])
+        return self.chat_chunk(reply)
 
     def usage_chunk(self, usage: Usage) -> str:
         """The last chunk of a stream with `include_usage`."""
@@ -162,7 +186,8 @@ def completion_logprobs(tokens: Sequence[ReportedToken] | None) -> LogprobsOut |
     """Log-probabilities in the completion endpoint's form; None if not requested."""
     if tokens is None:
         return None
-    return LogprobsOut(
+    # Constructed: reading each of them again would take as long as writing them.
+    return LogprobsOut.model_construct(
         tokens=[token.text for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
         top_logprobs=[likeliest(token) for token in tokens],
@@ -221,6 +246,6 @@ def openai_reason(reason: FinishReason | None) -> Literal["stop", "length"] | No
     return FINISH_REASONS[reason]
 
 
-def server_sent(body: dict[str, Any]) -> str:
-    """A JSON body as one server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+def server_sent(body: dict[str, Any], *, is_long: bool = False) -> str:
+    """A JSON body as one server-sent event; `is_long`: with many tokens."""
+    return f"data: {json_text(body, is_long=is_long)}\n\n"

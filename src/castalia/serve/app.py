@@ -1,25 +1,24 @@
 """The ASGI application: endpoints, error handlers and the OpenAPI page."""
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import Response, StreamingResponse
 
 from castalia import __version__
-from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.inference.sampling import LARGEST_SEED, SMALLEST_SEED
+from castalia.serve.active_request import ActiveRequest
+from castalia.serve.body_reading import route_class
 from castalia.serve.connections import ConnectionTable
-from castalia.serve.fields import CHOICES, SEED, TEXTS, TOKEN, Body
-from castalia.serve.forms import ResponseFormat, SchemaFormat, StructuredOutputs
+from castalia.serve.error_answers import add_errors
+from castalia.serve.fields import CHOICES, SEED, TEXTS, TOKEN
 from castalia.serve.hosts import AllowedHosts
-from castalia.serve.limits import RequestLimits, error_body
-from castalia.serve.loaded_models import ModelBusyError
+from castalia.serve.lanes import Lanes
+from castalia.serve.limits import RequestLimits
 from castalia.serve.metrics import RequestCounter, ServerMetrics
-from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
+from castalia.serve.model_pool import ModelPool
 from castalia.serve.protocol import (
     ChatAnswer,
     CompletionAnswer,
@@ -34,43 +33,10 @@ from castalia.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
-    StreamOptions,
     TokenizeRequest,
 )
-from castalia.serve.scheduler import QueueFullError, StoppingError
-from castalia.serve.service import (
-    ActiveRequest,
-    ClientLeftError,
-    FailedError,
-    Service,
-    require_no_added,
-)
+from castalia.serve.service import Service
 
-REQUESTS: tuple[type[Body], ...] = (
-    CompletionRequest,
-    ChatRequest,
-    Message,
-    ResponseFormat,
-    SchemaFormat,
-    StreamOptions,
-    StructuredOutputs,
-    TokenizeRequest,
-    DetokenizeRequest,
-)
-FIELD_NAMES = frozenset(
-    field.alias or name for request in REQUESTS for name, field in request.model_fields.items()
-)
-"""Every name that a request may have."""
-CLIENT_LEFT = 499
-"""nginx's status for a closed connection; only the metrics see it."""
-STOPPING_RETRY_SECONDS = "5"
-"""Retry-After while the server shuts down: about as long as a restart takes."""
-CODES: dict[type[CastaliaError], str] = {
-    UnknownModelError: "model_not_found",
-    NoTemplateError: "no_chat_template",
-}
-"""Errors answered with 404, and OpenAI's code for each."""
 ERROR_TEXTS = {
     400: "The request is invalid; the message names the field",
     401: "The API key is missing or wrong",
@@ -108,12 +74,14 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        pool.close()
+        service.close()
 
     app = FastAPI(
         title="Castalia", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None
     )
-    service = Service(pool, ServerMetrics())
+    lanes = Lanes()
+    service = Service(pool, ServerMetrics(), lanes)
+    app.router.route_class = route_class(lanes)
     add_completions(app, service)
     add_models(app, service)
     add_health(app, service, connections)
@@ -135,7 +103,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     async def respond(active: ActiveRequest, request: Request, stream: bool | None) -> Response:
         if stream:
             return StreamingResponse(service.chunks(active), media_type="text/event-stream")
-        return JSONResponse(await service.whole(active, request))
+        return Response(await service.whole(active, request), media_type="application/json")
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=ERRORS | STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -167,22 +135,15 @@ def add_models(app: FastAPI, service: Service) -> None:
         """Describe one model."""
         return ModelCard(id=name, created=service.pool.location(name).created)
 
-    @app.post("/tokenize", responses=ERRORS)
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    @app.post("/tokenize", response_model=Tokens, responses=ERRORS)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Encode a text."""
-        model = (await service.model(body.model)).model
-        require_no_added(model, body.add_special_tokens)
-        ids = model.encode(body.prompt)
-        return Tokens(
-            tokens=ids, count=len(ids), max_model_len=model.config.max_position_embeddings
-        )
+        return Response(await service.tokenize(body), media_type="application/json")
 
-    @app.post("/detokenize", responses=ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> Text:
+    @app.post("/detokenize", response_model=Text, responses=ERRORS)
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Decode token ids."""
-        model = (await service.model(body.model)).model
-        model.require_ids(body.tokens)
-        return Text(prompt=model.decode(body.tokens))
+        return Response(await service.detokenize(body), media_type="application/json")
 
     @app.get("/tokenizer_info", responses=ERRORS)
     async def tokenizer_info() -> dict[str, Any]:
@@ -226,102 +187,6 @@ def add_health(app: FastAPI, service: Service, connections: ConnectionTable | No
             metrics.observe_connections(connections)
         page, kind = metrics.page()
         return Response(page, media_type=kind)
-
-
-def add_errors(app: FastAPI) -> None:
-    """Add the handlers that turn every exception into OpenAI's error shape."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message, field = validation_message(error)
-        return JSONResponse(error_body(400, message, param=field), 400)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        body = error_body(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(CastaliaError)
-    async def castalia_error(request: Request, error: CastaliaError) -> Response:
-        code = CODES.get(type(error))
-        if code is not None:
-            status = 404
-        elif isinstance(error, ConfigError):  # the client asked for something impossible
-            status = 400
-        else:
-            status = 500
-        return JSONResponse(error_body(status, str(error), code=code), status)
-
-    @app.exception_handler(QueueFullError)
-    async def queue_full(request: Request, error: QueueFullError) -> Response:
-        headers = {"Retry-After": str(error.seconds)}
-        return JSONResponse(error_body(429, str(error)), 429, headers=headers)
-
-    @app.exception_handler(ModelBusyError)
-    async def model_busy(request: Request, error: ModelBusyError) -> Response:
-        headers = {"Retry-After": str(error.seconds)}
-        return JSONResponse(error_body(503, str(error), code="model_busy"), 503, headers=headers)
-
-    @app.exception_handler(StoppingError)
-    async def stopping(request: Request, error: StoppingError) -> Response:
-        headers = {"Retry-After": STOPPING_RETRY_SECONDS}
-        return JSONResponse(error_body(503, str(error)), 503, headers=headers)
-
-    @app.exception_handler(FailedError)
-    async def failed(request: Request, error: FailedError) -> Response:
-        return JSONResponse(error_body(error.status, str(error)), error.status)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # The server logs the traceback; clients of OpenAI's API expect JSON whatever happened.
-        return JSONResponse(error_body(500, f"internal error: {type(error).__name__}"), 500)
-
-    @app.exception_handler(ClientLeftError)
-    async def client_left(request: Request, error: ClientLeftError) -> Response:
-        return Response(status_code=CLIENT_LEFT)
-
-
-def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
-    """One sentence about an invalid request, and the name of the field (None: the whole body)."""
-    problems = error.errors()
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not JSON: character {first['loc'][-1]}, {first['ctx']['error']}", None
-    path = [str(step) for step in first["loc"] if step != "body"]
-    if path[:1] == ["prompt"] and len(path) > 1:
-        # pydantic reports each of the four types that it tried; one sentence says it all.
-        return (
-            "prompt: expected a string, a list of strings, a list of token ids, or a list of lists"
-            " of token ids",
-            "prompt",
-        )
-    if first["type"] == "extra_forbidden":
-        unknown = ".".join(path)
-        if path[-1] in FIELD_NAMES:
-            return f"{unknown}: not a field of this endpoint", unknown
-        return f"unknown field {unknown!r}{nearest(path[-1], FIELD_NAMES)}", unknown
-    places = [field_path(problem["loc"]) for problem in problems]
-    name = places[0] or None
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
-    message = f"{name or 'the request'}: {messages[0]}"
-    # pydantic reports each type that it tried for one field.
-    alike = [text for text, place in zip(messages, places, strict=True) if place == places[0]]
-    for text in dict.fromkeys(alike[1:]):
-        message += f" or {text.removeprefix('Input should be ')}"
-    others = len(problems) - len(alike)
-    if others:
-        message += f" (and {others} more)"
-    return message, name
-
-
-def field_path(steps: Sequence[int | str]) -> str:
-    """The path of a field, with places in lists, without pydantic's names of the types it tried."""
-    path = []
-    for step in steps[1:]:
-        if not (isinstance(step, int) or step.isdigit() or step in FIELD_NAMES):
-            break
-        path.append(str(step))
-    return ".".join(path)
 
 
 def set_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:

@@ -3,13 +3,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from castalia.core.errors import ConfigError
 from castalia.inference.grammar import BLANKS, Grammar, Grammars
-from castalia.serve.fields import Body, Unsupported
+from castalia.serve.fields import MOST_FORM, Body, FormText, Unsupported, bounded
 
 ANY_OBJECT = {"type": "object"}
 """The schema of `json_object`."""
@@ -42,12 +42,12 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's `structured_outputs`: one of json, regex, choice, grammar and json_object."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    json_: dict[str, Any] | FormText | None = Field(None, alias="json")
+    regex: FormText | None = None
+    choice: Annotated[list[str], bounded(MOST_FORM)] | None = None
+    grammar: FormText | None = None
     json_object: bool | None = None
-    whitespace_pattern: str | None = None
+    whitespace_pattern: FormText | None = None
     disable_any_whitespace: bool | None = False
     disable_fallback: bool | None = Field(None, description="No effect: there is no fallback.")
     structural_tag: Unsupported = None

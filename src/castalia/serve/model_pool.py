@@ -10,7 +10,7 @@ from castalia.checkpoint import complete_steps
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.manifest import MANIFEST
 from castalia.checkpoint.names import step_name
-from castalia.core.errors import ConfigError, nearest
+from castalia.core.errors import ConfigError, nearest, quoted
 from castalia.core.memory import available_bytes
 from castalia.corpus.conversation import template_of
 from castalia.formats.saved_model import open_adapted, open_model
@@ -20,9 +20,6 @@ from castalia.inference.loading import load
 from castalia.inference.torch_engine import TorchEngine
 from castalia.serve.loaded_models import LoadedModel, LoadedModels, ModelSource
 from castalia.serve.scheduler import Scheduler
-
-LONGEST_NAME = 200
-"""Characters of an unknown name in an error."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +159,9 @@ class ModelPool:
         Raises  UnknownModelError with the nearest name.
         """
         if name not in self.locations:
-            # A longer name is not compared or repeated: it may have megabytes.
-            shown = name[:LONGEST_NAME]
-            hint = nearest(name, self.locations) if shown == name else ""
             raise UnknownModelError(
-                f"unknown model {shown!r}; GET /v1/models lists the models of this server{hint}"
+                f"unknown model {quoted(name)}; GET /v1/models lists the models of this server"
+                f"{nearest(name, self.locations)}"
             )
         return self.locations[name]
 

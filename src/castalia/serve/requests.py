@@ -14,19 +14,32 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationInf
 from castalia.core.errors import ConfigError
 from castalia.corpus.message_content import texts_of_parts
 from castalia.serve.fields import (
+    MOST_DECODED,
+    MOST_FORM,
+    MOST_MESSAGES,
+    MOST_STOPS,
     Biases,
     Body,
     Choices,
     Count,
+    FormText,
+    IdList,
+    Labels,
+    Objects,
     Only,
     Penalty,
+    Plain,
     Positive,
     Seed,
     Several,
+    Some,
+    Stop,
     TokenId,
     Top,
     TopK,
     Unsupported,
+    Variables,
+    bounded,
     same,
 )
 from castalia.serve.forms import Form, ResponseFormat, StructuredOutputs, requested_form
@@ -77,7 +90,7 @@ class SamplingBody(Body):
     )
     top_p: float | None = Field(1.0, ge=0, le=1)
     n: Choices | None = 1
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], bounded(MOST_STOPS)] | None = None
     seed: Seed | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -107,13 +120,13 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(
         1.0, ge=0.01, le=100, description="Above 1 avoids the tokens of prompt and text."
     )
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[IdList, Plain()] | None = None
     include_stop_str_in_output: bool | None = False
     ignore_eos: bool | None = Field(
         False, description="Continue after the tokens that end the model's texts."
     )
     min_tokens: Count | None = Field(0, description="Nothing ends the text before.")
-    allowed_token_ids: list[TokenId] | None = None
+    allowed_token_ids: Annotated[IdList, Plain()] | None = None
     skip_special_tokens: bool | None = Field(
         False, description="Leave the names of special tokens out of the text."
     )
@@ -130,11 +143,11 @@ class SamplingBody(Body):
         None, description="right reads the first tokens of the prompt instead."
     )
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    guided_whitespace_pattern: str | None = None
+    guided_json: dict[str, Any] | FormText | None = None
+    guided_regex: FormText | None = None
+    guided_choice: Annotated[list[str], bounded(MOST_FORM)] | None = None
+    guided_grammar: FormText | None = None
+    guided_whitespace_pattern: FormText | None = None
     guided_decoding_backend: Annotated[Any, Only("auto", "guidance")] = None
     request_id: str | None = Field(None, max_length=256, description="Part of the answer's id.")
     session_id: str | None = Field(None, description=LABEL)
@@ -239,12 +252,13 @@ def null_for_false(value: Any) -> Any:
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Several]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Several]
-    ) = Field(
+        | Annotated[list[TokenId], Some]
+        | Annotated[list[Annotated[list[TokenId], Some]], Several],
+        Plain(),
+    ] = Field(
         description="A string, a list of strings, a list of token ids, or a list of lists of ids."
     )
     max_tokens: Count | None = 16
@@ -302,7 +316,7 @@ class Message(Body):
         },
     )
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
 
     @field_validator("content")
@@ -323,19 +337,19 @@ class Message(Body):
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = False
     top_logprobs: Top | None = None
-    tools: list[dict[str, Any]] | None = Field(
+    tools: Objects | None = Field(
         None, description="Given to the chat template; calls are part of the reply's text."
     )
     tool_choice: Annotated[Any, Only("auto", "none", instead="only auto and none are")] = None
     parallel_tool_calls: Annotated[Any, Only(True, empty=False)] = None
     functions: Annotated[Any, Only(instead="use tools")] = None
     function_call: Annotated[Any, Only("auto", "none", instead="use tools")] = None
-    metadata: dict[str, str] | None = Field(None, description=LABEL)
+    metadata: Labels | None = Field(None, description=LABEL)
     safety_identifier: str | None = Field(None, description=LABEL)
     prompt_cache_key: str | None = Field(None, description=LABEL)
     prompt_cache_retention: Annotated[Any, Only("in_memory")] = None
@@ -360,10 +374,10 @@ class ChatRequest(SamplingBody):
     continue_final_message: bool | None = Field(
         False, description="Continue the last message in place of a reply."
     )
-    documents: list[dict[str, Any]] | None = Field(
+    documents: Objects | None = Field(
         None, description="Given to the chat template, if it asks for them."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Variables | None = Field(
         None, description="More variables of the chat template."
     )
     chat_template: Annotated[Any, Only(instead=TEMPLATE)] = None
@@ -397,4 +411,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], bounded(MOST_DECODED), Plain()]

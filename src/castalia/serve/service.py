@@ -4,131 +4,59 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator
+from functools import partial
 
 from starlette.requests import Request
 
-from castalia.core.errors import ConfigError
 from castalia.corpus.conversation import special_defaults
-from castalia.inference.language_model import LanguageModel
-from castalia.inference.options import Options
-from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
-from castalia.serve.conversation import chat_prompt
-from castalia.serve.drawing import options_of
+from castalia.serve.active_request import ActiveRequest, ClientLeftError, FailedError
+from castalia.serve.answer_json import json_bytes
+from castalia.serve.answers import AnswerFormat, server_sent
+from castalia.serve.conversation import conversation_of
+from castalia.serve.encoding import decoded, listed_ids, require_no_added
+from castalia.serve.error_answers import error_text
+from castalia.serve.lanes import Lanes
 from castalia.serve.limits import error_body
 from castalia.serve.loaded_models import LoadedModel
 from castalia.serve.metrics import ServerMetrics
 from castalia.serve.model_pool import ModelPool, NoTemplateError
-from castalia.serve.protocol import Usage
-from castalia.serve.requests import ChatRequest, CompletionRequest, SamplingBody
-from castalia.serve.scheduler import (
-    Job,
-    ServedSearch,
-    ServedText,
-    StreamEvent,
+from castalia.serve.preparation import Preparation
+from castalia.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
 )
-from castalia.serve.token_report import TokenReport
-from castalia.tokenizers.forms import OtherTokenizer
+from castalia.serve.scheduler import StreamEvent
+from castalia.serve.template_writers import TemplateWriters
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""
 NO_LIMIT = 2**31 - 1
 """max_tokens of a chat reply without one: the model's context ends it."""
+FEW_TOKENS = 64
+"""Tokens that are reported on the event loop: some milliseconds of work."""
 LOG = logging.getLogger("castalia.serve")
-
-Inbox = asyncio.Queue[tuple[int, StreamEvent]]
-"""Events of one request, each with the index of its text."""
-
-
-class FailedError(Exception):
-    """An exception on the scheduler's thread, as its client is told of it."""
-
-    def __init__(self, cause: Exception) -> None:
-        self.status = 500
-        message = f"{type(cause).__name__}: {cause}"
-        if isinstance(cause, ConfigError):  # a form that turned out too large is the request's
-            self.status = 400
-            message = str(cause)
-        super().__init__(message)
-
-
-class ClientLeftError(Exception):
-    """The client disconnected before the answer."""
-
-
-@dataclass
-class ActiveRequest:
-    """The texts of one request and the inbox of their events."""
-
-    loaded: LoadedModel
-    texts: list[ServedText]
-    jobs: list[Job]
-    """The same texts, those of a beam search together."""
-    answer: AnswerFormat
-    echoes: list[str]
-    """The prompt repeated before each text; empty without `echo`."""
-    inbox: Inbox
-    prompt_tokens: int
-    """Tokens of all prompts, each counted once for its `n` texts, as OpenAI does."""
-    drawn: int = 1
-    """Texts of each prompt."""
-    n: int = 1
-    """Texts of each prompt that are answered, the likeliest of them."""
-    received: float = field(default_factory=time.perf_counter)
-    outputs: list[CollectedText] = field(init=False)
-    last_event: list[float] = field(init=False)
-    """Time of each text's last event, for the latency histograms."""
-
-    def __post_init__(self) -> None:
-        self.outputs = [CollectedText() for _ in self.texts]
-        self.last_event = [self.received for _ in self.texts]
-
-    def reports(self) -> list[TokenReport | None]:
-        """A fresh report of each text's tokens; None without log-probabilities."""
-        pairs = zip(self.texts, self.echoes, strict=True)
-        return [self.answer.report(text, echo) for text, echo in pairs]
-
-    def chosen(self) -> list[int]:
-        """The texts to answer with: of `best_of` the n of the highest log-probability a token."""
-        if self.drawn == self.n:
-            return list(range(len(self.texts)))
-        chosen: list[int] = []
-        for first in range(0, len(self.texts), self.drawn):
-            group = range(first, first + self.drawn)
-            chosen += sorted(group, key=self.mean_logprob, reverse=True)[: self.n]
-        return chosen
-
-    def mean_logprob(self, index: int) -> float:
-        """Log-probability of a text, in nats a token."""
-        text = self.texts[index]
-        tokens = self.outputs[index].tokens
-        if text.score_prompt:
-            tokens = tokens[len(text.continuation.ids) :]
-        scored = [token.logprob for token in tokens if token.logprob is not None]
-        # A prompt that is only scored has no text.
-        return sum(scored) / max(1, len(scored))
-
-    def usage(self) -> Usage:
-        """Token counts so far."""
-        collected = sum(len(output.tokens) for output in self.outputs)
-        # Tokens of a scored prompt are collected too, but they are no part of the completion.
-        scored = sum(len(text.continuation.ids) for text in self.texts if text.score_prompt)
-        completion = collected - scored
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=completion,
-            total_tokens=self.prompt_tokens + completion,
-        )
 
 
 class Service:
-    """Models and metrics, and the work of every endpoint."""
+    """Models and metrics, and the work of every endpoint.
 
-    def __init__(self, pool: ModelPool, metrics: ServerMetrics) -> None:
+    What grows with a request runs in `lanes`, chat templates in processes of their own.
+    """
+
+    def __init__(self, pool: ModelPool, metrics: ServerMetrics, lanes: Lanes) -> None:
         self.pool = pool
         self.metrics = metrics
+        self.lanes = lanes
+        self.writers = TemplateWriters()
+
+    def close(self) -> None:
+        """Begin no more work."""
+        self.pool.close()
+        self.lanes.close()
+        self.writers.close()
 
     async def complete(self, body: CompletionRequest) -> ActiveRequest:
         """Start a completion request.
@@ -145,7 +73,7 @@ class Service:
             usage_follows=body.usage_follows,
             id=body.request_id or uuid.uuid4().hex,
         )
-        return await self.start(
+        asked = Preparation(
             loaded,
             body,
             body.prompts,
@@ -154,6 +82,7 @@ class Service:
             score_prompt=bool(body.echo and body.logprobs is not None),
             echo=bool(body.echo),
         )
+        return await self.start(asked)
 
     async def chat(self, body: ChatRequest) -> ActiveRequest:
         """Start a chat request.
@@ -167,7 +96,8 @@ class Service:
                 f"model {loaded.name!r} has no chat template (it is a base model);"
                 " use /v1/completions instead"
             )
-        prompt = chat_prompt(loaded.template, body, special_defaults(loaded.model))
+        conversation = conversation_of(body, special_defaults(loaded.model))
+        prompt = await self.writers.write(body.weight, loaded.template, conversation)
         max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
         top = None
         if body.logprobs:
@@ -180,64 +110,45 @@ class Service:
             usage_follows=body.usage_follows,
             id=body.request_id or uuid.uuid4().hex,
         )
-        return await self.start(loaded, body, [prompt], max_tokens, answer)
+        return await self.start(Preparation(loaded, body, [prompt], max_tokens, answer))
+
+    async def tokenize(self, body: TokenizeRequest) -> bytes:
+        """The answer of /tokenize, in JSON.
+
+        Raises  ConfigError if the text has more tokens than are listed.
+        """
+        loaded = await self.model(body.model)
+        require_no_added(loaded.model, body.add_special_tokens)
+        return await self.lanes.run(body.weight, listed_ids, loaded.model, body.prompt)
+
+    async def detokenize(self, body: DetokenizeRequest) -> bytes:
+        """The answer of /detokenize, in JSON.
+
+        Raises  ConfigError for ids outside of the vocabulary.
+        """
+        loaded = await self.model(body.model)
+
+        def text() -> bytes:
+            loaded.model.require_ids(body.tokens)
+            return json_bytes({"prompt": decoded(loaded.model, body.tokens)})
+
+        return await self.lanes.run(body.weight, text)
 
     async def model(self, name: str | None) -> LoadedModel:
         """A loaded model, which stays in memory as long as this object."""
         return await self.pool.find(name)
 
-    async def start(
-        self,
-        loaded: LoadedModel,
-        body: SamplingBody,
-        prompts: list[str | list[int]],
-        max_tokens: int,
-        answer: AnswerFormat,
-        *,
-        score_prompt: bool = False,
-        echo: bool = False,
-    ) -> ActiveRequest:
-        """Encode the prompts and queue the texts of each."""
-        capacity = loaded.scheduler.most_waiting
-        if len(prompts) * body.width > capacity:
-            raise ConfigError(
-                f"the request asks for {len(prompts) * body.width} texts, but at most {capacity}"
-                " can wait; split it"
-            )
-        model = loaded.model
-        # Long prompts take seconds to encode, and so do grammars: other requests must not wait.
-        encoded = await asyncio.to_thread(
-            lambda: [encode(model, prompt, body, echo) for prompt in prompts]
-        )
-        slots = loaded.scheduler.batcher.slots.count
-        options = await asyncio.to_thread(options_of, model, body, max_tokens, slots)
-        n = body.n or 1
-        # A search finds its n texts itself; of several drawn ones the best are chosen at the end.
-        drawn = n if options.search.num_beams > 1 else body.width
+    async def start(self, asked: Preparation) -> ActiveRequest:
+        """Encode the prompts and queue the texts of each.
+
+        Raises  ConfigError if the model cannot serve it; QueueFullError, StoppingError.
+        """
+        asked.require_capacity()
         loop = asyncio.get_running_loop()
-        inbox = Inbox()
-        texts: list[ServedText] = []
-        jobs: list[Job] = []
-        for ids, _ in encoded:
-            group = []
-            for index in range(len(texts), len(texts) + drawn):
-                text = served_text(model, ids, max_tokens, options, index)
-                text.emit = sender(loop, inbox, index)
-                text.top = answer.top
-                # The choice among several goes by their log-probabilities.
-                if drawn > n and answer.top is None:
-                    text.top = 0
-                text.score_prompt = score_prompt
-                group.append(text)
-            texts += group
-            jobs += [ServedSearch(group, options.search)] if options.search.num_beams > 1 else group
-        echoes = [written for _, written in encoded for _ in range(drawn)]
-        prompt_tokens = sum(len(text.continuation.ids) for text in texts[::drawn])
-        request = ActiveRequest(
-            loaded, texts, jobs, answer, echoes, inbox, prompt_tokens, drawn=drawn, n=n
-        )
-        loaded.scheduler.submit(jobs)
-        self.metrics.prompt_tokens.inc(prompt_tokens)
+        # Prompts of chats are as long as what they were written from.
+        request = await self.lanes.run(asked.body.weight, asked.prepared, loop)
+        asked.loaded.scheduler.submit(request.jobs)
+        self.metrics.prompt_tokens.inc(request.prompt_tokens)
         return request
 
     async def events(self, request: ActiveRequest) -> AsyncIterator[tuple[int, StreamEvent]]:
@@ -281,8 +192,8 @@ class Service:
             generated -= len(text.continuation.ids)
         self.metrics.generated_tokens.inc(generated)
 
-    async def whole(self, active: ActiveRequest, http: Request) -> dict[str, Any]:
-        """The complete answer, once every text has ended.
+    async def whole(self, active: ActiveRequest, http: Request) -> bytes:
+        """The complete answer in JSON, once every text has ended.
 
         Raises  ClientLeftError if the client disconnects first, which cancels the texts.
         """
@@ -300,14 +211,9 @@ class Service:
             raise ClientLeftError
         gone.cancel()
         work.result()
-        chosen = active.chosen()
-        reports = active.reports()
-        return active.answer.whole(
-            [active.outputs[index] for index in chosen],
-            [active.echoes[index] for index in chosen],
-            [reports[index] for index in chosen],
-            active.usage(),
-        )
+        if active.entries <= FEW_TOKENS:
+            return active.whole()
+        return await self.lanes.run(active.entries, active.whole)
 
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[str]:
         """The answer as server-sent events; the last one is [DONE]."""
@@ -322,7 +228,7 @@ class Service:
         except FailedError as error:
             # The status line is sent already; an error event is all that is left to say.
             ended = True
-            yield server_sent(error_body(error.status, str(error)))
+            yield server_sent(error_body(error.status, error_text(error)))
         finally:
             if not ended:  # Starlette closes the iterator when the client disconnects
                 request.loaded.scheduler.cancel(request.texts)
@@ -346,81 +252,14 @@ class Service:
                 yield answer.chunk(index, echo)
         async for index, event in self.events(request):
             text = late.pop(index, "") + event.text
-            report = reports[index]
-            tokens = None
-            if report is not None:
-                tokens = report.take(text, event.tokens, event.finish_reason)
-            # A step may end inside a character: nothing to send.
-            if text or tokens or event.finish_reason is not None:
-                yield answer.chunk(index, text, tokens, event.finish_reason)
-
-
-def encode(
-    model: LanguageModel, prompt: str | list[int], body: SamplingBody, echo: bool
-) -> tuple[list[int], str]:
-    """The ids of a prompt, cut to `truncate_prompt_tokens`, and its text for `echo`, else "".
-
-    Raises  ConfigError if the tokenizer would have to add special tokens.
-    """
-    require_no_added(model, body.add_special_tokens)
-    ids = model.encode(prompt)
-    most = body.truncate_prompt_tokens or len(ids)
-    is_cut = most < len(ids)
-    if is_cut and body.truncation_side == "right":
-        ids = ids[:most]
-    elif is_cut:
-        # The last tokens decide what comes next.
-        ids = ids[-most:]
-    if not echo:
-        return ids, ""
-    # A whole prompt is echoed as it was sent: a tokenizer may rewrite a text.
-    if isinstance(prompt, str) and not is_cut:
-        return ids, prompt
-    return ids, model.decode(ids)
-
-
-def require_no_added(model: LanguageModel, add_special_tokens: bool | None) -> None:
-    """Raises  ConfigError if `add_special_tokens` asks for tokens that no tokenizer here adds."""
-    tokenizer = model.tokenizer
-    if not add_special_tokens or tokenizer is None or isinstance(tokenizer, OtherTokenizer):
-        return
-    if tokenizer.inner.num_special_tokens_to_add(False):
-        raise ConfigError(
-            "add_special_tokens: not supported by this server; write the special tokens into the"
-            " prompt"
-        )
-
-
-def served_text(
-    model: LanguageModel, ids: list[int], max_tokens: int, options: Options, index: int
-) -> ServedText:
-    """Text `index` of a request, which nobody hears of yet.
-
-    OpenAI's way to score a prompt is max_tokens=0: no token is generated.
-    """
-    scoring = max_tokens == 0
-    continuation = model.continuation(ids, max(1, max_tokens), options.ending, scoring=scoring)
-    return ServedText(
-        continuation=continuation,
-        sampling=options.sampling.after(index),
-        emit=lambda event: None,
-        vocab_size=model.config.vocab_size,
-        continues=not scoring,
-    )
-
-
-def sender(
-    loop: asyncio.AbstractEventLoop, inbox: Inbox, index: int
-) -> Callable[[StreamEvent], None]:
-    """A callback for the scheduler's thread that puts the events of text `index` into `inbox`."""
-
-    def emit(event: StreamEvent) -> None:
-        try:
-            loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
-        except RuntimeError:  # the loop is closed: the server is down and nobody waits
-            return
-
-    return emit
+            entries = len(event.tokens) * ((answer.top or 0) + 1)
+            work = partial(answer.event_chunk, index, text, event, reports[index])
+            if len(event.tokens) <= FEW_TOKENS:
+                chunk = work()
+            else:
+                chunk = await self.lanes.run(entries, work)
+            if chunk:
+                yield chunk
 
 
 async def disconnected(request: Request) -> None:

@@ -4,6 +4,7 @@ one."""
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class Tokenizer:
             return self.ids.get(token)
         return token if 0 <= token < self.vocab_size else None
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest spelling of a token: one for each byte, or each character."""
+        return max(map(len, self.ids))
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
         ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
@@ -138,6 +144,8 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
+        if any(END_OF_TEXT in text for text in texts):
+            return super().encode_batch(texts)
         return [self.encode(text) for text in texts]
 
 
