@@ -59,7 +59,8 @@ def filled(before: str, unit: str, after: str, size: int = MOST) -> bytes:
 
 
 def lists() -> Iterator[tuple[str, str, Body]]:
-    """Name, path and body of long lists and objects."""
+    """Name, path and body of a request as a control, and of long lists."""
+    yield "a short prompt", COMPLETE, lambda: b'{"prompt":"a guest","max_tokens":16}'
     for size, name in ((MOST, ""), (585 << 10, ", 585 KiB")):
         yield (
             f"messages of numbers{name}",
@@ -93,10 +94,11 @@ def lists() -> Iterator[tuple[str, str, Body]]:
                 f'{{"prompt":"a","{field}":[', unit, f"{unit[:-1]}]}}"
             ),
         )
+    served = ",".join(["[" + ",".join(["4000"] * 2000) + "]"] * 256)
     yield (
-        "prompt that can be served",
+        "prompts that can be served",
         COMPLETE,
-        lambda: filled('{"max_tokens":1,"prompt":[' + "[4000,5000,6000],", "", "[4000]]}"),
+        lambda: f'{{"max_tokens":1,"prompt":[{served}]}}'.encode(),
     )
     for field in ("messages", "tools", "documents"):
         yield (
