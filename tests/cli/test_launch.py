@@ -56,6 +56,15 @@ def failed(done):
     return line
 
 
+def test_a_key_is_neither_printed_nor_passed(launch):
+    said = failed(launch("--procs-per-node=2", "--env=WANDB_API_KEY=k9", "--dry-run"))
+    assert "launch.environment.WANDB_API_KEY: a config must not hold keys" in said
+    assert "k9" not in said
+    words = ("--launcher=pdsh", "--hostfile=hosts", "--dry-run")
+    shown = planned(launch(*words, CASTALIA_API_KEY="k9", NCCL_DEBUG="INFO"))
+    assert "NCCL_DEBUG=INFO" in shown and "CASTALIA_API_KEY" not in shown and "k9" not in shown
+
+
 def test_torchrun_on_one_machine(launch):
     assert planned(
         launch("--procs-per-node=2", "--max-restarts=3", "--env=A=b c", "--dry-run")

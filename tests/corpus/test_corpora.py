@@ -225,3 +225,18 @@ def test_a_url_that_breaks_off_is_never_taken_for_bad_documents(server, tmp_path
             prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes", reject=reject)
     server.breaks = []
     assert prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes").documents == 5000
+
+
+def test_records_have_no_credentials_of_an_address(server, tmp_path):
+    pytest.importorskip("aiohttp")
+    address = f"{server.url}/a.jsonl?token=k9&part=1"
+    server.body = b'{"text": "one"}\n{"other": 1}\n'
+    out = tmp_path / "out"
+    prepare([address], out, "bytes", reject=True)
+    for path in tmp_path.iterdir():
+        assert b"k9" not in path.read_bytes(), path
+    assert json.loads((tmp_path / "out.json").read_text())["inputs"][0]["path"].endswith(
+        "/a.jsonl?token=***&part=1"
+    )
+    # The same job, although its record does not have the address.
+    assert prepare([address], out, "bytes", reject=True).done_before

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from castalia.core.errors import ConfigError, TrainingError
+from castalia.distributed import join as joining
 from castalia.distributed import peers_may_be_lost
 from castalia.distributed.join import call_together, join, reason_not_joined
 
@@ -74,6 +75,21 @@ def test_a_master_whose_name_nobody_knows(monkeypatch):
         match=r"cannot resolve the host 'nowhere.invalid' .* set MASTER_ADDR to rank 0's",
     ):
         join("gloo", 1, 2, 3.0)
+
+
+def test_the_agent_of_torchrun_ended_before_its_ranks_began(monkeypatch):
+    """Its store is gone, and nothing is worth the half hour of parallel.timeout."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (variables | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(joining, "AGENT_SECONDS", 0.05)
+    with pytest.raises(
+        ConfigError, match=f"nobody listens at 127.0.0.1:{port}.*its agent has ended"
+    ):
+        join("gloo", 1, 2, 1800)
 
 
 def test_the_others_do_not_come():

@@ -77,6 +77,9 @@ def wait_for_steps(metrics: Path) -> None:
 def test_ranks_end_with_their_launcher(tmp_path, words):
     launcher = start(tmp_path, *words, "output=waiting")
     ranks = trainers(launcher, 2)
+    # From the second thread on, the watching one, it ends with its launcher.
+    while min(rank.num_threads() for rank in ranks) < 2:
+        time.sleep(0.05)
     # The other one waits for it in the rendezvous.
     ranks[1].suspend()
     time.sleep(10)

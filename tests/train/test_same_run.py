@@ -1,5 +1,7 @@
 """Which run a folder holds: compared by every key, also those that its file was written without."""
 
+from functools import partial
+
 import pytest
 import torch
 import yaml
@@ -12,6 +14,8 @@ from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.runs.config import RunConfig
 from castalia.runs.folder import check_run_folder, write_run_folder
+from castalia.train.run import run
+from castalia.train.trainer import Trainer
 
 FREE_SECTIONS = (
     "guard",
@@ -194,3 +198,17 @@ def test_a_resume_leaves_the_first_command(config_of, tmp_path):
             (tmp_path / "metrics.jsonl").touch()
     text = (tmp_path / "command.txt").read_text()
     assert text == "castalia train debug\ncastalia train 'runs/my run/config.yaml'\n"
+    secret = ["castalia", "train", "debug", "sink.api_key=k9", "HF_TOKEN=k9", "https://me:k9@h/"]
+    write_run_folder(config_of(), World(0, 1, torch.device("cpu")), secret, {})
+    assert not [path for path in tmp_path.iterdir() if path.is_file() and "k9" in path.read_text()]
+    assert (tmp_path / "command.txt").read_text().splitlines()[:2] == text.splitlines()
+
+
+def test_a_config_with_credentials_does_not_start(config_of, tmp_path):
+    config = config_of()
+    launch = config.launch.model_copy(update={"environment": {"HF_TOKEN": "k9"}})
+    secret = config.model_copy(update={"launch": launch})
+    for start in (partial(run, command=[]), Trainer):
+        with pytest.raises(ConfigError, match=r"launch\.environment\.HF_TOKEN: a config must not"):
+            start(secret)
+    assert not list(tmp_path.iterdir())

@@ -128,12 +128,14 @@ def make_plan(config_words: list[str], launch_words: list[str]) -> "LaunchPlan":
 
     Raises  ConfigError if the config, the hosts or the layout is wrong.
     """
+    from castalia.config.credentials import require_no_credentials
     from castalia.distributed import check_layout
     from castalia.launch.plan import LaunchPlan, hosts_for, names_hosts
     from castalia.recipes import resolve
 
     words = [*config_words, *launch_words]
     resolved = resolve(words)
+    require_no_credentials(resolved.config)
     launch = resolved.config.launch
     notes = resolved.launch_notes
     was_typed = any(word.startswith("launch.launcher=") for word in words)

@@ -204,13 +204,13 @@ def extents_of(
     elif is_sequential(file):
         yield from sequential_extents(number, file, name, part_bytes, on_input_bytes)
     elif file_format == TEXT:
-        yield Extent(number, file.path, None, TEXT, 0, file.size, size=file.size, disk=file.size)
+        yield Extent(number, file.shown, None, TEXT, 0, file.size, size=file.size, disk=file.size)
     else:
         # An empty file has one empty extent, so that it counts as read.
         for start in range(0, max(file.size, 1), part_bytes):
             stop = min(start + part_bytes, file.size)
             size = stop - start
-            yield Extent(number, file.path, None, LINES, start, stop, size=size, disk=size)
+            yield Extent(number, file.shown, None, LINES, start, stop, size=size, disk=size)
 
 
 def is_sequential(file: InputFile) -> bool:
@@ -239,7 +239,7 @@ def column_extents(
         if i < len(spans) - 1:
             disk = min(size, disk)
         consumed += disk
-        yield Extent(number, file.path, None, file_format, start, stop, size=size, disk=disk)
+        yield Extent(number, file.shown, None, file_format, start, stop, size=size, disk=disk)
 
 
 def sequential_extents(
@@ -262,12 +262,14 @@ def sequential_extents(
             disk = max(read_bytes - consumed, 0)
             consumed = read_bytes
             stop = start + len(data)
-            yield Extent(number, file.path, member, file_format, start, stop, data, len(data), disk)
+            yield Extent(
+                number, file.shown, member, file_format, start, stop, data, len(data), disk
+            )
         # The callback must see every byte of the file: its hash covers a trailer as well.
         while watched.read(READ_BYTES):
             pass
     disk = max(read_bytes, file.size) - consumed
-    yield Extent(number, file.path, None, LINES, 0, 0, b"", 0, disk)
+    yield Extent(number, file.shown, None, LINES, 0, 0, b"", 0, disk)
 
 
 def texts_in(

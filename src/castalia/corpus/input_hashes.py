@@ -57,6 +57,6 @@ class InputHashes:
         if self.complete:
             digests |= {number: digest.hexdigest() for number, digest in self.passing.items()}
         return [
-            {"path": file.path, "bytes": file.size, "sha256": digests.get(number)}
+            {"path": file.shown, "bytes": file.size, "sha256": digests.get(number)}
             for number, file in enumerate(self.files)
         ]

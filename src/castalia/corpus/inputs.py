@@ -11,6 +11,7 @@ from typing import Any
 
 from castalia.core.errors import CastaliaError, DataError
 from castalia.core.files import read_json, several
+from castalia.core.secrets import redacted_url
 
 STAMP_KEYS = ("size", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 """Names that the file systems of fsspec give to the size and the age of a file."""
@@ -37,6 +38,11 @@ class InputFile:
     def remote(self) -> bool:
         """Whether the input is a URL, opened by fsspec."""
         return "://" in self.path
+
+    @property
+    def shown(self) -> str:
+        """The path as records have it: without the password and the keys of a URL."""
+        return redacted_url(self.path) if self.remote else self.path
 
     @property
     def name(self) -> str:

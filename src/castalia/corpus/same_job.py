@@ -153,15 +153,15 @@ def changed_input(record: dict[str, Any], files: Sequence[InputFile]) -> str | N
         return f"{len(inputs)} files, now {len(files)}"
     stamps = record.get(STAMPS) or [None] * len(files)
     for recorded, stamp, file in zip(inputs, stamps, files, strict=True):
-        if recorded["path"] == file.path and stamp == file.stamp:
+        if recorded["path"] == file.shown and stamp == file.stamp:
             continue
         # A file behind a URL is not read a second time; hashing comes last, as it reads the file.
         may_be_same = not file.remote and recorded["bytes"] == file.size
         if may_be_same and recorded["sha256"] == sha256_of(file.path):
             continue
-        if recorded["path"] == file.path:
-            return f"{file.path} as it was before it changed"
-        return f"{recorded['path']}, not from {file.path}"
+        if recorded["path"] == file.shown:
+            return f"{file.shown} as it was before it changed"
+        return f"{recorded['path']}, not from {file.shown}"
     return None
 
 

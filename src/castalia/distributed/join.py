@@ -15,6 +15,8 @@ from castalia.core.errors import ConfigError, TrainingError
 from castalia.core.ranks import rendezvous
 
 POLL_SECONDS = 0.02
+AGENT_SECONDS = 10.0
+"""Patience with a store that must be there already."""
 DRAIN_SECONDS = 0.1
 """Wait after the last collective for the backend's threads to let go of its tensors."""
 LOST = (
@@ -42,6 +44,7 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
     host, port = meeting(place)
     try:
         socket.getaddrinfo(host, int(port))
+        require_agent(host, int(port))
         timeout = timedelta(seconds=seconds)
         store, rank, size = next(dist.rendezvous(place, rank, size, timeout=timeout))
         store.set_timeout(timeout)
@@ -58,6 +61,30 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
         raise ConfigError(
             reason_not_joined(str(error), f"{host}:{port}", rank, size, seconds)
         ) from error
+
+
+def require_agent(host: str, port: int) -> None:
+    """Check that torchrun's store exists: its agent opens it before it starts a rank.
+
+    torch itself would try to reach a dead one until the end of parallel.timeout.
+    Raises  ConfigError if nobody listens there any more.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=AGENT_SECONDS).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"nobody listens at {host}:{port}, where torchrun keeps the addresses of the"
+                    " ranks: its agent has ended; start the run again"
+                ) from None
+        except OSError:  # joining says what is wrong
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def leave() -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from castalia.config.base import Config
 from castalia.core.ranks import PORT
+from castalia.launch.hostfile import host_name
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -51,6 +52,15 @@ class LaunchConfig(Config):
     false removes one."""
     ssh_check: bool = True
     """Test the ssh connection to every host before starting anything."""
+
+    @field_validator("master_addr")
+    @classmethod
+    def check_host(cls, host: str | None) -> str | None:
+        """It is the name or the address of a host, which a launcher may be given as a word."""
+        # An IPv6 address may name the interface that it is valid on.
+        if host is not None and host_name(host.partition("%")[0]) is None:
+            raise ValueError(f"{host!r} is neither the name nor the address of a host")
+        return host
 
     @field_validator("launcher_args")
     @classmethod

@@ -15,11 +15,13 @@ from castalia.core.errors import ConfigError, nearest
 Hosts = dict[str, list[int]]
 """Host -> the slots (GPUs) in use, in the order of the file. A host may be `user@host`; an IPv6
 address stands without brackets."""
-USER = r"(?:[\w.\-]+@)?"
-NAME = re.compile(rf"{USER}[\w.\-]+")
+# A name that begins with - would be an option of ssh and pdsh, some of which run commands.
+WORD = r"[\w.][\w.\-]*"
+USER = rf"(?:{WORD}@)?"
+NAME = re.compile(rf"{USER}{WORD}")
 ADDRESS = re.compile(rf"(?P<user>{USER})\[?(?P<address>[0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]?")
 """An IPv6 address, perhaps in brackets."""
-COUNTED = re.compile(rf"(?P<host>{USER}[\w.\-]+):(?P<slots>\d+)")
+COUNTED = re.compile(rf"(?P<host>{USER}{WORD}):(?P<slots>\d+)")
 """MPICH's `host:N`; an IPv6 address has more than one colon."""
 OPTION = re.compile(r"(?P<name>slots|max[_-]slots)=(?P<count>\d+)")
 SLOTS = re.compile(r"\d+(,\d+)*")
@@ -99,6 +101,11 @@ def parse_line(line: str, where: str) -> Line:
         host = counted["host"]
         counts["slots"] = int(counted["slots"])
     options = [OPTION.fullmatch(word) for word in rest]
+    if first.startswith("-") or "@-" in first:
+        raise ConfigError(
+            f"{where}: the host {first[:80]!r} begins with -, as an option of ssh does; expected"
+            " `host slots=N`"
+        )
     if host is None or not all(options) or len(options) > 2:
         raise ConfigError(f"{where}: expected `host slots=N`, got {line[:80]!r}")
     for option in options:

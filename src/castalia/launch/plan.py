@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
-from castalia.launch.config import LaunchConfig
+from castalia.core.secrets import without_secrets
+from castalia.core.starter import STARTER
+from castalia.launch.config import VARIABLE_NAME, LaunchConfig
 from castalia.launch.hostfile import Hosts, address, choose, read_hostfile
 
 LOCAL = "localhost"
@@ -246,9 +248,11 @@ PASSED = (
 def passed_variables(
     config: LaunchConfig, variables: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Environment variables for ranks on other hosts. Those of the config take precedence."""
+    """Environment variables for ranks on other hosts, without credentials. Those of the config take
+    precedence."""
     forwarded = {}
-    for name, value in sorted(variables.items()):
-        if name.startswith(PASSED):
+    for name, value in sorted(without_secrets(variables).items()):
+        # Names stand in scripts without quotes; the starter is a process of this host.
+        if name.startswith(PASSED) and VARIABLE_NAME.fullmatch(name) and name != STARTER:
             forwarded[name] = value
     return forwarded | config.environment

@@ -8,6 +8,7 @@ Builds text, starts nothing; needs no torch.
 """
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from castalia.launch.plan import LaunchPlan
 SECONDS_TO_SAVE = 120
 """Time before the limit at which USR1 is sent: enough for the current step and a checkpoint."""
 FILE = "launch.sbatch"
+OPTION_NAME = re.compile(r"[A-Za-z][\w\-]*")
 
 SCRIPT = """\
 #!/bin/bash
@@ -80,7 +82,7 @@ def sbatch_script(plan: LaunchPlan) -> str:
 def directives(plan: LaunchPlan) -> dict[str, str | int | bool]:
     """Options of sbatch by their long names. Those of the config take precedence.
 
-    Raises  ConfigError if an option of the config has several lines.
+    Raises  ConfigError if an option has several lines, or a name that is none.
     """
     config = plan.config
     options: dict[str, str | int | bool] = {
@@ -98,12 +100,17 @@ def directives(plan: LaunchPlan) -> dict[str, str | int | bool]:
     if plan.hosts_are_named:
         options["nodelist"] = ",".join(address(host) for host in plan.hosts)
     for name, value in config.slurm.items():
-        # A second line would be a command of the script.
-        if any(character in f"{name}{value}" for character in "\n\r"):
+        if not OPTION_NAME.fullmatch(name):
+            raise ConfigError(
+                f"launch.slurm.{name}: expected the long name of an sbatch option, such as time"
+            )
+        options[name.replace("_", "-")] = value
+    for name, value in options.items():
+        # A second line would be a command of the script. `output` has the folder of the run in it.
+        if any(character in f"{value}" for character in "\n\r"):
             raise ConfigError(
                 f"launch.slurm.{name}: an sbatch option must be a single line, got {value!r}"
             )
-        options[name.replace("_", "-")] = value
     return options
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
+from castalia.core.secrets import without_secrets
 from castalia.core.starter import STARTER, end_by_kernel
 from castalia.launch.commands import BUILDERS, NEEDED, TOOLS
 from castalia.launch.hostfile import Hosts
@@ -92,7 +93,7 @@ def ssh_failure(host: str) -> str | None:
     extra = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     try:
         result = subprocess.run(
-            ["ssh", *options, *extra, host, "true"],
+            ["ssh", *options, *extra, "--", host, "true"],
             capture_output=True,
             text=True,
             timeout=ANSWER_SECONDS,
@@ -142,7 +143,12 @@ def submit(plan: LaunchPlan, command: list[str]) -> int:
     path = sbatch_file(plan)
     with atomic_write(path) as file:
         file.write(sbatch_script(plan))
-    result = subprocess.run(command, capture_output=True, text=True)
+    # sbatch sends its whole environment to the hosts of the job, and to a file of the scheduler's.
+    variables = without_secrets(os.environ)
+    if left_out := sorted(os.environ.keys() - variables.keys()):
+        notice = f"castalia: {', '.join(left_out)} stay on this host: credentials are not sent"
+        print(f"{notice}; ranks find them in files of yours", file=sys.stderr, flush=True)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True)
     if result.returncode:
         raise ConfigError(f"sbatch refused {path}: {(result.stderr or result.stdout).strip()}")
     print(f"{result.stdout.strip()}; script {path}")

@@ -14,6 +14,7 @@ from castalia.config.base import check
 from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, cannot_write, read_json, sha256_of, write_json
+from castalia.core.secrets import redacted_words
 from castalia.monitor import describe_environment
 from castalia.runs.config import RunConfig
 
@@ -63,7 +64,8 @@ def write_run_folder(
     with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
-        file.writelines(f"{line}\n" for line in commands(folder, shlex.join(command)))
+        shown = shlex.join(redacted_words(command))
+        file.writelines(f"{line}\n" for line in commands(folder, shown))
     path = folder / RECORD
     environment = describe_environment(world.device, world.size)
     # The paths in config.yaml are relative to it: see config/anchor.py.

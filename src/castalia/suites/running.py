@@ -15,6 +15,7 @@ import yaml
 from castalia.analysis.run_list import RunState, run_state
 from castalia.config.anchor import CONFIG
 from castalia.config.base import Dumper
+from castalia.config.credentials import require_no_credentials
 from castalia.core.errors import TrainingError
 from castalia.core.files import atomic_write
 from castalia.core.starter import STARTER
@@ -45,9 +46,11 @@ def run_suite(suite: Suite, say: Say = print) -> list[Outcome]:
     """Train every member that is not done; those that failed or were stopped go on where they were.
 
     A member that fails leaves the others to train.
-    Raises  ConfigError before anything trains if a member's config is wrong, or two members of one
+    Raises  ConfigError before anything trains if a member's config is wrong or holds credentials, or two members of one
             stream would read different batches; TrainingError if the user stops a member.
     """
+    for member in suite.members:
+        require_no_credentials(member.config)
     require_same_batches(suite)
     write_suite(suite)
     outcomes = []

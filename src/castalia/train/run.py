@@ -6,6 +6,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castalia.config.credentials import require_no_credentials
 from castalia.core.errors import CheckpointError, TrainingError
 from castalia.core.files import claimed
 from castalia.core.memory import keep_freed_memory
@@ -55,6 +56,7 @@ def run(
     """
     # Before the first allocation, which reads the allocator's options.
     keep_freed_memory()
+    require_no_credentials(config)
     # Before the process group, where one rank's error would leave the others waiting.
     check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)
