@@ -46,8 +46,9 @@ def run_suite(suite: Suite, say: Say = print) -> list[Outcome]:
     """Train every member that is not done; those that failed or were stopped go on where they were.
 
     A member that fails leaves the others to train.
-    Raises  ConfigError before anything trains if a member's config is wrong or holds credentials, or two members of one
-            stream would read different batches; TrainingError if the user stops a member.
+    Raises  ConfigError before anything trains if a member's config is wrong or holds credentials,
+            or two members of one stream would read different batches; TrainingError if the user
+            stops a member.
     """
     for member in suite.members:
         require_no_credentials(member.config)
