@@ -14,8 +14,8 @@ from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.runs.config import RunConfig
 from castalia.runs.folder import check_run_folder, write_run_folder
+from castalia.train.resume import checkpoint_files
 from castalia.train.run import run
-from castalia.train.trainer import Trainer
 
 FREE_SECTIONS = (
     "guard",
@@ -208,7 +208,7 @@ def test_a_config_with_credentials_does_not_start(config_of, tmp_path):
     config = config_of()
     launch = config.launch.model_copy(update={"environment": {"HF_TOKEN": "k9"}})
     secret = config.model_copy(update={"launch": launch})
-    for start in (partial(run, command=[]), Trainer):
+    for start in (partial(run, command=[]), checkpoint_files):
         with pytest.raises(ConfigError, match=r"launch\.environment\.HF_TOKEN: a config must not"):
             start(secret)
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,8 @@ def redacted_url(url: str) -> str:
     """A URL without its password, and without the values of secret parameters."""
     try:
         parts = urlsplit(url)
-        user, password = parts.username, parts.password
+        user = parts.username
+        password = parts.password
     except ValueError:  # no URL after all
         return url
     if password or (user and parts.scheme in ("http", "https")):

@@ -13,6 +13,7 @@ from castalia.adapters.adapting import adapt
 from castalia.checkpoint import Store
 from castalia.checkpoint.store import SaveTiming
 from castalia.config import dump_yaml
+from castalia.config.credentials import require_no_credentials
 from castalia.core.errors import CheckpointError, DataError
 from castalia.corpora.conversations import template_text
 from castalia.data import changed, load_tokenizer
@@ -196,8 +197,9 @@ class Checkpoints:
 def checkpoint_files(config: RunConfig) -> dict[str, str]:
     """Text files that make a checkpoint usable by itself: the config and the tokenizer.
 
-    Raises  DataError if the tokenizer cannot be read.
+    Raises  DataError if the tokenizer cannot be read; ConfigError if the config holds credentials.
     """
+    require_no_credentials(config)
     # A checkpoint can be copied away from its run and still be generated from.
     files = {"config.yaml": dump_yaml(config)}
     if config.data.tokenizer:

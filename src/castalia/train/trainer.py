@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from castalia.checkpoint import SavePolicy, Store
-from castalia.config.credentials import require_no_credentials
 from castalia.data import Batch, BlendedRows
 from castalia.data.curriculum import Curriculum
 from castalia.data.loader import RowLookup
@@ -96,7 +95,6 @@ class Trainer:
 
     def check(self) -> None:
         """Refuse a run that cannot work on these ranks or whose tokenizer cannot be read."""
-        require_no_credentials(self.config)
         check_processes(self.config, self.world.size)
         # Before the tokenizer is read: a corpus that is built may come with its own.
         self.config = with_precision(ensure_on_all(self.config, self.world), self.world)
