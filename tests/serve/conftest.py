@@ -1,5 +1,6 @@
-"""Matrices of these tests are too small for several threads."""
+"""Matrices of these tests are too small for several threads, their objects few."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_new_objects() -> Iterator[None]:
+    """Collections of cycles look at the objects of one file of tests alone, as in a server."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -73,15 +73,6 @@ class FakeModels:
             raise CheckpointError(f"/secret/{name} is damaged")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_new_objects() -> Iterator[None]:
-    """Collections of cycles look at the objects of these tests alone, as in a server."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def fake() -> FakeModels:
     """What loads; the gate is open."""

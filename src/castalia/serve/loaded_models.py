@@ -290,6 +290,8 @@ class LoadedModels:
 
         Raises  StoppingError.
         """
+        # Most waits end before a collection would pay.
+        self.collected = time.monotonic()
         while True:
             with self.changed:
                 self.require_running()
@@ -310,6 +312,7 @@ class LoadedModels:
         """Drop the models that are held."""
         if not self.going:
             return
+        self.collected = time.monotonic()
         with self.changed:
             for one in self.going:
                 self.ready.pop(one.name)
