@@ -11,7 +11,7 @@ The first quarter warms up: pools and caches fill once. Of the rest, the medians
 the last third are compared; the exit status is 1 if
 
 - memory grew by more than 5% and more than 2 MB a minute,
-- descriptors or threads grew by more than 8 (they come and go with connections), or
+- threads, or descriptors beside those of connections, grew by more than 8, or
 - an honest stream failed otherwise than by 429 or 503.
 """
 
@@ -52,7 +52,7 @@ WARM_UP = 0.25
 MOST_GROWTH = 0.05
 MOST_BYTES_A_MINUTE = 2e6
 MOST_MORE = 8
-"""Descriptors and threads."""
+"""Threads, and descriptors beside those of connections."""
 BAD_BODIES: list[bytes] = [
     b"{",
     b"\xff\xfe",
@@ -77,6 +77,11 @@ class Sample:
     descriptors: int
     threads: int
     connections: int
+
+    @property
+    def own_descriptors(self) -> int:
+        """Descriptors beside those of connections, whose number is the clients'."""
+        return self.descriptors - self.connections
 
 
 @dataclass
@@ -357,7 +362,7 @@ def leaks_in(load: Load) -> list[str]:
             f"memory grew from {start / 1e6:.0f} to {end / 1e6:.0f} MB, {growth / 1e6:.1f} MB a"
             " minute"
         )
-    for name in ("descriptors", "threads"):
+    for name in ("own_descriptors", "threads"):
         start, _, end = thirds(load.samples, name)
         if end - start > MOST_MORE:
             leaks.append(f"{name} grew from {start:g} to {end:g}")
@@ -396,7 +401,7 @@ def report(load: Load, idle: float, last: Sample) -> dict[str, Any]:
         "failures": dict(load.failures),
         "leaks": leaks_in(load),
     }
-    for name in ("memory", "descriptors", "threads", "connections"):
+    for name in ("memory", "own_descriptors", "threads", "connections"):
         result[name] = dict(
             zip(("start", "middle", "end"), thirds(load.samples, name), strict=True)
         )
@@ -404,7 +409,7 @@ def report(load: Load, idle: float, last: Sample) -> dict[str, Any]:
     print(
         f"memory {memory}, {growth / 1e6:+.2f} MB a minute; afterwards {last.memory / 1e6:.0f} MB"
     )
-    for name in ("descriptors", "threads", "connections"):
+    for name in ("own_descriptors", "threads", "connections"):
         print(f"{name} {result[name]}; afterwards {getattr(last, name)}")
     for name in ("first_token", "whole", "health"):
         shares = {key: f"{value:.3f} s" for key, value in result[name].items()}
