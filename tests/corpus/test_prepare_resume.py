@@ -56,7 +56,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, 1), (2, 1), (1, 10), (2, 10)])
+@pytest.mark.parametrize(
+    ("workers", "kills"),
+    [
+        (1, 3),
+        (2, 3),
+        pytest.param(1, 10, marks=pytest.mark.slow),
+        pytest.param(2, 10, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_random_points(corpus, whole, tmp_path, workers, kills):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [
