@@ -1,8 +1,11 @@
 """`castalia verify` finds what was changed, and says for which files nothing vouches."""
 
 import json
+import random
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -10,8 +13,12 @@ from castalia.cli.app import app
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import sha256_of
 from castalia.core.sealed import Seal, SealedFiles, check_sealed
+from castalia.corpus import prepare
+from castalia.data import IndexedDataset
+from castalia.data.order_cache import write_maps
 from castalia.export.exports import export
 from castalia.integrity import check_folders
+from castalia.stream.index.building import build_index
 
 
 def flip(path, at=-1):
@@ -117,3 +124,36 @@ def test_logs_and_files_of_a_run(house, copy, four_steps):
     flip(run / "env.json", 5)
     assert "env.json is not what the last start of the run wrote" in run_verb(run)[1]
     assert "metrics.jsonl is missing; a checkpoint relies on its step 4" in run_verb(run)[1]
+
+
+def test_token_files_and_their_index(tmp_path):
+    """Every file of a prepared prefix, of its index, and of kept index maps: flipped and lost."""
+    pytest.importorskip("pydivsufsort", reason="pip install 'castalia[trace]'")
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"broken\n{"text": "three"}\n')
+    prepare([tmp_path / "a.jsonl"], tmp_path / "t" / "p", "bytes", reject=True)
+    build_index(IndexedDataset(tmp_path / "t" / "p"), part_tokens=8, workers=1)
+    maps = {"documents": np.arange(9)}
+    write_maps(tmp_path / "t" / "p.order" / "neox-1.safetensors", {"order": "neox"}, maps)
+    folders = list(check_folders([tmp_path / "t"]))
+    assert [folder.kind for folder in folders] == ["token files", "index", "index maps"]
+    files = {file.path: file for folder in folders for file in folder.files}
+    assert {path.name for path in (tmp_path / "t").iterdir() if path.is_file()} <= {
+        name.rsplit("/", 1)[1] for name in files
+    }
+    dice = random.Random(0)
+    for name, file in files.items():
+        path = Path(name)
+        whole = path.read_bytes()
+        assert file.by and not file.fault and file.size == len(whole), file
+        for place in (0, len(whole) - 1, *(dice.randrange(len(whole)) for _ in range(6))):
+            flip(path, place)
+            damaged = [
+                file for folder in check_folders([tmp_path / "t"]) for file in folder.damaged
+            ]
+            assert name in {file.path for file in damaged}, place
+            assert all(file.fault.startswith(file.path) for file in damaged)
+            path.write_bytes(whole)
+        path.unlink()
+        lost = any(folder.damaged for folder in check_folders([tmp_path / "t"]))
+        assert lost or path.suffix == ".safetensors"  # such maps are built again
+        path.write_bytes(whole)

@@ -118,6 +118,8 @@ def verify(
             wrong = index_fault(dataset.prefix, dataset.sizes)
             if wrong is not NO_INDEX:
                 yield Check(dataset.prefix + SUFFIX, "index", wrong or None)
+        if not record and not wrong_record and Path(base + SUFFIX).exists():
+            wrong_record = f"is missing; it is written with every {SUFFIX[1:]}"
         if wrong_record:
             yield Check(f"{base}.json", "record", wrong_record)
         listed = hashes

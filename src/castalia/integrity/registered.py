@@ -2,11 +2,12 @@
 
 from castalia.core.registry import Registry
 from castalia.integrity.exports import EXPORTS
+from castalia.integrity.indexes import INDEXES, MAPS
 from castalia.integrity.kinds import FolderKind
 from castalia.integrity.runs import RUNS
 from castalia.integrity.steps import STEPS
 from castalia.integrity.token_files import TOKEN_FILES
 
 FOLDER_KINDS: Registry[FolderKind] = Registry("kind of folder")
-for kind in (STEPS, EXPORTS, RUNS, TOKEN_FILES):
+for kind in (STEPS, EXPORTS, RUNS, TOKEN_FILES, INDEXES, MAPS):
     FOLDER_KINDS.register(kind.name)(kind)

@@ -13,6 +13,7 @@ from castalia.core.extras import require
 from castalia.core.files import claimed, read_json, write_json
 from castalia.data.fingerprint import contents, source_changes
 from castalia.data.indexed import IndexedDataset
+from castalia.data.seals import OWN, require_own, with_own_hash
 from castalia.stream.index.flat import FlatTokens, width_of
 from castalia.stream.index.parts import (
     PART_TOKENS,
@@ -44,6 +45,8 @@ class Manifest:
     """The id that ends every document."""
     contents: dict[str, Any]
     """Sizes and hashes of the token file, as in fingerprints."""
+    sealed: bool = False
+    """Whether the file has its own hash, which older ones lack."""
 
 
 def index_folder(prefix: str, folder: str | os.PathLike[str] | None = None) -> Path:
@@ -68,7 +71,9 @@ def read_manifest(folder: Path) -> Manifest | None:
                 f"{path}: format {content['format']}, expected {FORMAT}; remove {folder} and build"
                 " the index again"
             )
-        return Manifest(Layout(**content["layout"]), content["end"], dict(content["contents"]))
+        require_own(path, path.read_text(), content, f"remove {folder} and build it again")
+        layout = Layout(**content["layout"])
+        return Manifest(layout, content["end"], dict(content["contents"]), OWN in content)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: not the manifest of an index ({error!r}); remove {folder} and build it again"
@@ -151,12 +156,10 @@ def prepared(dataset: IndexedDataset, folder: Path, part_tokens: int, overwrite:
         )
     # A part is sorted with the overlap behind it, for which there must be room.
     layout = Layout(len(flat), width, min(part_tokens, MOST_BYTES // width - (1 << 20)))
-    manifest = Manifest(layout, survey.end, now)
+    manifest = Manifest(layout, survey.end, now, sealed=True)
     require_room(folder, layout)
-    write_json(
-        folder / MANIFEST,
-        {"format": FORMAT, "layout": asdict(layout), "end": survey.end, "contents": now},
-    )
+    facts = {"format": FORMAT, "layout": asdict(layout), "end": survey.end, "contents": now}
+    write_json(folder / MANIFEST, with_own_hash(facts))
     return manifest
 
 
