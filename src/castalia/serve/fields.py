@@ -107,9 +107,12 @@ class Plain:
     which names the first error, or reads 1.0 as 1.
     """
 
+    def __init__(self, most: int = MOST_IDS) -> None:
+        self.most = most
+
     def check(self, value: Any, handler: core_schema.ValidatorFunctionWrapHandler) -> Any:
         """The value, checked."""
-        if type(value) is list and 0 < len(value) <= MOST_IDS:
+        if type(value) is list and 0 < len(value) <= self.most:
             if are_ids(value):
                 return value
             if len(value) <= MOST_PROMPTS and all(map(are_ids, value)):

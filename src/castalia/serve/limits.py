@@ -73,7 +73,10 @@ class RequestLimits:
         if body is None:
             await self.too_large(send)
             return
-        await self.app(scope, replay(body, receive), send)
+        held = [body]
+        # The text that it asks for may take minutes, and needs no body.
+        del body
+        await self.app(scope, replay(held, receive), send)
 
     def admits(self, path: str, headers: dict[bytes, bytes]) -> bool:
         """Whether the request carries the API key, or needs none."""
@@ -103,16 +106,14 @@ class RequestLimits:
         await refuse(send, 413, f"the request body exceeds the limit of {self.most_bytes:,} bytes")
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that yields the body once, then the connection's own messages (a disconnect)."""
-    replayed = False
+def replay(held: list[bytes], receive: Receive) -> Receive:
+    """A `receive` that gives away the body in `held`, then the connection's own messages (a
+    disconnect)."""
 
     async def next_message() -> Message:
-        nonlocal replayed
-        if replayed:
+        if not held:
             return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": held.pop(), "more_body": False}
 
     return next_message
 

@@ -411,4 +411,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], bounded(MOST_DECODED), Plain()]
+    tokens: Annotated[list[TokenId], bounded(MOST_DECODED), Plain(MOST_DECODED)]
