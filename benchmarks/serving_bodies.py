@@ -94,7 +94,7 @@ def lists() -> Iterator[tuple[str, str, Body]]:
                 f'{{"prompt":"a","{field}":[', unit, f"{unit[:-1]}]}}"
             ),
         )
-    served = ",".join(["[" + ",".join(["4000"] * 2000) + "]"] * 256)
+    served = ",".join(["[" + ",".join(["4000"] * 2000) + "]"] * 16)
     yield (
         "prompts that can be served",
         COMPLETE,
@@ -116,7 +116,7 @@ def objects() -> Iterator[tuple[str, str, Body]]:
     """Objects with many keys, deep values, long names and texts."""
 
     def keys(before: str, value: str, after: str) -> bytes:
-        count = MOST // (len(value) + 11)
+        count = (MOST - len(before) - len(after)) // (len(value) + 11)
         return (before + ",".join(f'"{i:07}":{value}' for i in range(count)) + after).encode()
 
     yield (
