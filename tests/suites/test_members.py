@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.log_lines import write_log
 from castalia.core.starter import STARTER
 from castalia.models.flops import active_parameters, parameter_counts
+from castalia.monitor import read_metrics
 from castalia.suites import open_suite, running
 from castalia.suites.batches import compare_batches, require_same_batches
 from castalia.suites.page import write_suite_page
@@ -207,9 +209,9 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_
     assert compare_batches(suite)[0].problems == [problem]
     state.write_text(saved)
     changed = Path("runs/mine/llama-seed3/metrics.jsonl")
-    lines = [json.loads(line) for line in changed.read_text().splitlines()]
+    lines = read_metrics(changed)
     lines[1]["rows_hash"] += 1
-    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_log(changed, [json.dumps(line).encode() for line in lines])
     (stream,) = compare_batches(suite)
     assert stream.problems == [
         "llama-seed3 read other rows than neox-seed3 in 1 steps, the first is step 1, counted from"

@@ -20,8 +20,10 @@ from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import WorkOptions, open_work
 from castalia.inference import quick
+from castalia.monitor import read_metrics
 from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
+from castalia.train.events import read_events
 from castalia.train.hooks import Hook
 from castalia.train.run import run
 
@@ -110,7 +112,7 @@ def whole(train_here, section, tmp_path_factory):
 
 
 def lines_of(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(output / "metrics.jsonl")
 
 
 def rows_of(output, columns="task, metric, step, value"):
@@ -237,7 +239,7 @@ def test_a_fault_is_recorded_and_the_run_goes_on(train_here, section, tmp_path, 
     path = write_task(tmp_path, "faulty", [document(0)], config)
     output = tmp_path / "run"
     train_here(output, *section, f"eval.tasks=[{path}]", "eval.samples=[two]", "eval.every=2")
-    (event,) = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    (event,) = read_events(output)
     assert event == {
         "step": 2,
         "event": "evaluation",
