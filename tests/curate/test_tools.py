@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.sealed import OWN_HASH
 from castalia.corpus import prepare
 from castalia.curate import joining as joining_module
 from castalia.curate.dedup import dedup
@@ -20,7 +21,7 @@ from castalia.curate.joining import merge, split
 from castalia.curate.resharding import shard
 from castalia.curate.verify import hash_list, read_hashes, verify
 from castalia.data import IndexedDataset, IndexedDatasetWriter, split_documents
-from castalia.data.seals import FILES, OWN
+from castalia.data.seals import FILES
 
 HASHES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "pythia_shard_hashes.txt"
 
@@ -126,7 +127,7 @@ def test_merge_refuses(token_file, tmp_path, prepared):
         merge([small], small + ".idx")
     other = json.loads(Path(prepared + ".json").read_text())
     other["tokenizer"]["sha256"] = "0" * 64
-    del other[OWN]
+    del other[OWN_HASH]
     Path(small + ".json").write_text(json.dumps(other))
     with pytest.raises(DataError, match=r"small and .*p were made with different tokenizers"):
         merge([prepared, small], tmp_path / "out")
@@ -285,7 +286,7 @@ def test_every_flipped_bit_of_a_written_prefix_is_found(prepared, tmp_path):
 
 def test_files_of_older_versions_are_not_covered(prepared, token_file):
     record = json.loads(Path(prepared + ".json").read_text())
-    del record[OWN], record[FILES]
+    del record[OWN_HASH], record[FILES]
     Path(prepared + ".json").write_text(json.dumps(record))
     notes = [check.note for check in verify([prepared]) if check.note]
     assert len(notes) == 3 and all(note.startswith("not covered: ") for note in notes)
@@ -329,7 +330,7 @@ def boundaries(prefix):
 
 def another_record(prefix):
     record = json.loads(Path(prefix + ".json").read_text()) | {"documents": 4}
-    del record[OWN]  # as written by hand
+    del record[OWN_HASH]  # as written by hand
     Path(prefix + ".json").write_text(json.dumps(record))
 
 

@@ -17,6 +17,7 @@ def exact(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with the exact GELU, as Pythia's are published, and two templates."""
     folder = tmp_path_factory.mktemp("exact") / "hf"
     list(export(run_folder, to="hf", output=folder))
+    (folder / "export.json").unlink()  # published folders have none
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -15,6 +15,7 @@ from tests.fixtures.hub_server import READER, WRITER, HubServer
 from castalia.cli import main
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.hub import hub_folder
+from castalia.core.sealed import with_own_hash
 from castalia.export import Push, export
 from castalia.inference import load
 
@@ -54,7 +55,8 @@ def same_files(hub: HubServer, revision: str, folder: Path) -> None:
     here = {path.name: path.read_bytes() for path in folder.iterdir()}
     record = json.loads(there.pop("export.json"))
     own = json.loads(here.pop("export.json"))
-    assert record == own | {"folder": folder.name, "checkpoint": Path(own["checkpoint"]).name}
+    names = {"folder": folder.name, "checkpoint": Path(own["checkpoint"]).name}
+    assert record == with_own_hash(own | names)
     assert there == here
 
 

@@ -296,6 +296,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path: Path, pair: tuple) ->
     import shutil
 
     copy = shutil.copytree(pair[1], tmp_path / "copy")
+    (copy / "export.json").unlink()  # its hashes would tell first
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])

@@ -287,6 +287,7 @@ def test_chat_with_a_template(
     run_folder: Path, tmp_path: Path, start: Callable[..., LiveServer]
 ) -> None:
     (done,) = export(run_folder, to="hf", output=tmp_path / "talker")
+    (Path(done.folder) / "export.json").unlink()  # the hashes would tell of the changes
     settings = Path(done.folder) / "tokenizer_config.json"
     template = (
         "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}"

@@ -156,7 +156,9 @@ def serve(
     # What is imported stays: searched for cycles, it would stop every request for a second.
     gc.freeze()
     engine = (running.engine, running.dtype, running.cache)
-    options = ServeOptions(*engine, limits.slots, limits.queue, limits.keep, limits.room)
+    options = ServeOptions(
+        *engine, limits.slots, limits.queue, limits.keep, limits.room, running.verify
+    )
     pool = ModelPool(models, options, named_adapters(adapter or []))
     table = ConnectionTable(connection_limits(limits))
     app = make_app(

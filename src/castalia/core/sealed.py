@@ -1,7 +1,8 @@
-"""Files against the size and SHA-256 that a record gives for them."""
+"""Files against the size and SHA-256 that a record gives for them; records against their own."""
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -16,6 +17,10 @@ READERS = 4
 """Files hashed at the same time; hashlib releases the GIL."""
 
 
+OWN_HASH = "record_sha256"
+"""Key of the hash that a record, a JSON object, has of itself, written without this key."""
+
+
 class Seal(NamedTuple):
     """What a record says about a file."""
 
@@ -23,6 +28,23 @@ class Seal(NamedTuple):
     """Hex SHA-256 of the bytes."""
     size: int | None = None
     """Bytes; None if the record does not say."""
+
+
+def with_own_hash(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its own hash as the last key, in place of an earlier one."""
+    rest = {key: value for key, value in record.items() if key != OWN_HASH}
+    return {**rest, OWN_HASH: hashlib.sha256(record_text(rest).encode()).hexdigest()}
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as `write_json` writes it."""
+    return json.dumps(record, indent=1) + "\n"
+
+
+def has_own_hash(record: Mapping[str, Any], text: str) -> bool:
+    """Whether a record is as it was written, by its own hash; also its text, since a changed space
+    is a changed file."""
+    return with_own_hash(record) == record and record_text(record) == text
 
 
 def open_regular(

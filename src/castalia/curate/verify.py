@@ -14,11 +14,12 @@ import numpy as np
 
 from castalia.core.errors import DataError
 from castalia.core.files import several
+from castalia.core.sealed import OWN_HASH
 from castalia.corpus.provenance import NO_INDEX, REJECTS, SUFFIX, index_fault
 from castalia.curate.dedup import REPORT
 from castalia.curate.joining import boundaries_fit
 from castalia.data.indexed import IndexedDataset, without_suffix
-from castalia.data.seals import OWN, RecordedFile, fault_of, path_of, recorded_files
+from castalia.data.seals import RecordedFile, fault_of, path_of, recorded_files
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 from castalia.data.sidecar import read_record
 
@@ -149,7 +150,7 @@ def seal_checks(
     for name, file in recorded.items():
         fault = fault_of(file, on_bytes if name == ".bin" else None)
         yield Check(str(path_of(base, name)), "hash", fault)
-    if record and OWN not in record:
+    if record and OWN_HASH not in record:
         yield Check(f"{base}.json", "hash", note="not covered: it does not have its own hash")
     for suffix in SUFFIXES:
         path = path_of(base, suffix)

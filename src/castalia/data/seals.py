@@ -7,7 +7,6 @@ Every writer of token files seals its record here; records of older versions hav
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
 from castalia.core.files import CHUNK_BYTES
+from castalia.core.sealed import OWN_HASH, has_own_hash, with_own_hash
 from castalia.data.shards import OnBytes, find_shards
 
 FILES = "files"
 """Key of the files: by suffix, as `.idx`, or by name where it does not begin with the prefix."""
 HEX_DIGITS = 64
 """Of a SHA-256."""
-OWN = "record_sha256"
-"""Key of the hash of the record, written without this key. The last one."""
 
 
 class RecordedFile(NamedTuple):
@@ -90,16 +88,6 @@ def sealed(record: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any
     return with_own_hash({**record, FILES: dict(files)})
 
 
-def with_own_hash(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record that ends with its hash."""
-    return {**record, OWN: hashlib.sha256(as_text(record).encode()).hexdigest()}
-
-
-def as_text(record: Mapping[str, Any]) -> str:
-    """A record as `write_json` writes it."""
-    return json.dumps(record, indent=1) + "\n"
-
-
 def require_own(
     path: Path,
     text: str,
@@ -113,14 +101,12 @@ def require_own(
     last = next(reversed(record), "")
     # A flip may be in the name of the last key, whose value is then still a hash.
     is_flipped = last != "bin_sha256" and len(str(record.get(last))) == HEX_DIGITS
-    if OWN not in record and not is_flipped:
+    if OWN_HASH not in record and not is_flipped:
         return
-    without = {name: value for name, value in record.items() if name != OWN}
-    # The text as well: a changed space is a changed file.
-    if record != with_own_hash(without) or as_text(record) != text:
+    if not has_own_hash(record, text):
         raise DataError(
             f"{path} is damaged: its SHA-256 is not the one in its last line; {remedy}; if it was"
-            f" edited on purpose, remove {OWN} from it"
+            f" edited on purpose, remove {OWN_HASH} from it"
         )
 
 

@@ -202,12 +202,14 @@ def arithmetic(engine: Engine) -> str:
 
 
 class Arithmetic(NamedTuple):
-    """Options of `castalia.load` that decide how a checkpoint is computed."""
+    """Options of `castalia.load` that decide how a checkpoint is computed, or whether it is."""
 
     engine: str = "auto"
     dtype: str | None = None
     cache: str | None = None
     device: str = "auto"
+    verify: bool = True
+    """Whether a damaged file is an error."""
 
 
 USUAL = Arithmetic()
@@ -221,7 +223,7 @@ def ahead(path: str, how: Arithmetic) -> tuple[str, str | None]:
     The dtype is None for an export, whose engine decides it on each machine. An engine that
     engine=auto turns out not to have is another one; such a checkpoint is evaluated again.
     """
-    export = None if is_hub_id(path) else open_export(Path(path))
+    export = None if is_hub_id(path) else open_export(Path(path), check=False)
     if export is not None and not is_read_as_model(export, how.engine):
         engine = engine_of_export(export.kind)
         return how.engine if engine is None else engine.name, None

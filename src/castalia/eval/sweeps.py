@@ -176,7 +176,7 @@ def jobs_of(checkpoint: Checkpoint, options: JobOptions) -> Iterator[Job]:
     """The arithmetics in which a checkpoint is measured: as asked, and the reference."""
     how = options.how
     yield Job(checkpoint, how, checkpoint.path)
-    exact = REFERENCE._replace(device=how.device)
+    exact = REFERENCE._replace(device=how.device, verify=how.verify)
     if not options.compares or ahead(checkpoint.path, how) == ahead("", exact):
         return
     origin = origin_of_export(checkpoint)

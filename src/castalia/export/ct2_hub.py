@@ -25,8 +25,9 @@ from castalia.core.unicode import require_unicode
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import export
 from castalia.export.places import default_place, revision
+from castalia.formats.export_record import RECORD, check_export, read_record
 from castalia.formats.saved_model import TOKENIZER, open_model
-from castalia.inference.exported import RECORD, read_record, recorded_ids
+from castalia.inference.exported import recorded_ids
 from castalia.tokenizers.forms import OtherTokenizer
 from castalia.tokenizers.special_ids import SpecialIds, read_special_ids
 from castalia.tokenizers.tokenizer import load_tokenizer
@@ -80,7 +81,8 @@ class CT2fromHfHub:
             device: auto, cpu or cuda. compute_type: auto, or one of CTranslate2's. A device or
             type that this machine lacks is replaced by the nearest, with a warning.
             tokenizer: None takes the folder's tokenizer.json. hub_kwargs go to
-            huggingface_hub.snapshot_download; all other keywords go to the engine
+            huggingface_hub.snapshot_download. verify: whether the files of an export are compared
+            with the hashes in its record. All other keywords go to the engine
             (inter_threads, intra_threads, …).
     Has     model, the engine; tokenizer; folder.
     Raises  ConfigError if ctranslate2 is not installed or no tokenizer is given or found;
@@ -97,11 +99,14 @@ class CT2fromHfHub:
         compute_type: str = "auto",
         tokenizer: TextTokenizer | None = None,
         hub_kwargs: Mapping[str, Any] | None = None,
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         ctranslate2 = require("ctranslate2", "ct2", "running a CTranslate2 model")
         place, numbers = available(ctranslate2, device, compute_type)
         self.folder = find_model(os.fspath(model_name_or_path), numbers, dict(hub_kwargs or {}))
+        if verify:
+            check_export(self.folder)
         if tokenizer is None and not (self.folder / TOKENIZER).is_file():
             raise ConfigError(f"{self.folder} has no {TOKENIZER}; give tokenizer=")
         self.tokenizer: Any = OwnTokenizer(self.folder) if tokenizer is None else tokenizer
@@ -258,7 +263,7 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
 def special_ids_of(folder: Path, rows: int) -> SpecialIds:
     """The special ids of the record of an export, or of the files of its model."""
     if (folder / RECORD).is_file():
-        return recorded_ids(read_record(folder), None)
+        return recorded_ids(read_record(folder, check=False), None)
     return read_special_ids(folder, None, rows)
 
 

@@ -23,6 +23,7 @@ from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import is_hub_id
+from castalia.core.sealed import with_own_hash
 from castalia.core.whole_folder import clear_workshops, whole_folder
 from castalia.export.card import certificate_lines, shape
 from castalia.export.certificate import FILE as CERTIFICATE
@@ -35,6 +36,7 @@ from castalia.export.certificate import (
     write_certificate,
 )
 from castalia.export.written import transformers_reader
+from castalia.formats.export_record import IMPORT_RECORD, file_facts
 from castalia.formats.foreign import FORMATS, find_foreign
 from castalia.formats.saved_model import (
     GENERATION,
@@ -46,7 +48,6 @@ from castalia.formats.saved_model import (
 from castalia.monitor.display import size_text
 from castalia.tokenizers.settings import companions
 
-RECORD = "import.json"
 CARD = "README.md"
 
 
@@ -172,10 +173,10 @@ def require_replaceable(folder: Path, force: bool) -> None:
             f"{folder} exists already; use --force to replace an earlier import, or choose another"
             " output"
         )
-    if not (folder / RECORD).is_file():
+    if not (folder / IMPORT_RECORD).is_file():
         raise ConfigError(
-            f"{folder} is not an import (it has no {RECORD}), so --force does not replace it;"
-            " choose another output"
+            f"{folder} is not an import (it has no {IMPORT_RECORD}), so --force does not replace"
+            " it; choose another output"
         )
     if extra := not_written_here(folder):
         more = " and more" if len(extra) > 3 else ""
@@ -187,9 +188,9 @@ def require_replaceable(folder: Path, force: bool) -> None:
 
 def not_written_here(folder: Path) -> list[str]:
     """The entries of an import's folder that are not the import's own."""
-    record = (folder / RECORD).read_text(encoding="utf-8", errors="replace")
+    record = (folder / IMPORT_RECORD).read_text(encoding="utf-8", errors="replace")
     step = re.search(r'"step": (\d+)', record)
-    own = {RECORD, CARD, CERTIFICATE, CONFIG, "checkpoints", "checkpoints/.lock"}
+    own = {IMPORT_RECORD, CARD, CERTIFICATE, CONFIG, "checkpoints", "checkpoints/.lock"}
     own |= {f"checkpoints/{step_name(int(step[1]))}"} if step else set()
     found = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
     return sorted(name for item in found if (name := str(item.relative_to(folder))) not in own)
@@ -325,8 +326,14 @@ def write_card(
 
 
 def write_record(folder: Path, source: SavedModel, done: Imported) -> None:
-    """import.json: the import and the config of its model."""
+    """import.json: the import, the config of its model, the hashes of the files beside it. The
+    checkpoint has its own."""
     from castalia import __version__
 
-    model = source.config.model_dump(mode="json")
-    write_json(folder / RECORD, {"castalia": __version__, **asdict(done), "model": model})
+    record = {
+        "castalia": __version__,
+        **asdict(done),
+        "model": source.config.model_dump(mode="json"),
+        **file_facts(folder, sorted(file for file in folder.iterdir() if file.is_file())),
+    }
+    write_json(folder / IMPORT_RECORD, with_own_hash(record))

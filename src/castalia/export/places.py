@@ -8,8 +8,8 @@ from typing import Literal
 from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError
+from castalia.formats.export_record import RECORD
 from castalia.formats.saved_model import is_model_alone
-from castalia.inference.exported import RECORD
 
 
 @dataclass(frozen=True)

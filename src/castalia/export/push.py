@@ -6,7 +6,6 @@ hashes, is not sent again; so the same command continues after it was killed.
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.extras import require
 from castalia.core.hub import HUB_ID
+from castalia.core.sealed import record_text, with_own_hash
 from castalia.export.record import Exported
-from castalia.inference.exported import RECORD, read_record
+from castalia.formats.export_record import HASHES, RECORD, read_record
 
 TOKEN = "HF_TOKEN"
 """The one place where a token is looked for: an environment variable."""
@@ -316,8 +316,8 @@ def contents(folder: Path) -> dict[str, Local]:
     for key in ("folder", "checkpoint"):
         record[key] = Path(record[key]).name
     # Hashed when they were written or when the export was found again, both just now.
-    files = {name: Local(folder / name, digest) for name, digest in record["files_sha256"].items()}
-    data = (json.dumps(record, indent=1) + "\n").encode()
+    files = {name: Local(folder / name, digest) for name, digest in record[HASHES].items()}
+    data = record_text(with_own_hash(record)).encode()
     return files | {RECORD: Local(data, hashlib.sha256(data).hexdigest())}
 
 

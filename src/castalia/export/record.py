@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.files import files_in, sha256_of, write_json
+from castalia.core.sealed import with_own_hash
 from castalia.export.activation import expressed
 from castalia.export.options import ExportSpec
+from castalia.formats.export_record import HASHES, RECORD, file_facts, read_record
 from castalia.formats.saved_model import SavedModel, open_model
-from castalia.inference.exported import RECORD, read_record
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ def write_record(
     """
     from castalia import __version__
 
-    files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
     values = asdict(done)
     # An upload comes later, and the record is uploaded itself.
     del values["pushed"]
@@ -73,11 +73,9 @@ def write_record(
         **sizes,
         "source_sha256": dict(hashes),
         "model": source.config.model_dump(mode="json"),
-        "files_sha256": {
-            name: digests.get(name) or sha256_of(file) for name, file in files.items()
-        },
+        **file_facts(folder, files_in(folder), digests),
     }
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, with_own_hash(record))
 
 
 def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | None:
@@ -108,7 +106,7 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
         return None
     if not keeps(done.certificate, "largest_difference", spec.max_difference):
         return None
-    return done if hashes_of(folder) == record.get("files_sha256") else None
+    return done if hashes_of(folder) == record.get(HASHES) else None
 
 
 def keeps(measured: Mapping[str, Any] | None, key: str, bound: float | None) -> bool:

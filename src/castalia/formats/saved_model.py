@@ -22,6 +22,7 @@ from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.formats.adapted import AdapterPart, base_place, peft_over_base, run_over_base
+from castalia.formats.export_record import check_export, require_recorded
 from castalia.formats.foreign import Help, find_foreign, is_foreign
 from castalia.formats.peft import ADAPTER_CONFIG, is_peft_folder, read_peft
 from castalia.models import ModelConfig, build_model_config
@@ -92,8 +93,8 @@ def open_model(
     file.
 
     step      of a run, take this step in place of the newest.
-    check     compare the hash of every file of weights first. Where several ranks open one
-              checkpoint, one checks.
+    check     compare the hash of every file of weights first, where a checkpoint or the record of
+              an export has it. Where several ranks open one checkpoint, one checks.
     optional  patterns of the weights that a foreign folder may lack, for instance `unembed.*`.
     configs, tokenizer  of a model of another program, what it does not say itself.
     Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
@@ -103,11 +104,19 @@ def open_model(
     if is_peft_folder(folder):
         return open_peft(folder, check)
     if folder.is_dir() and is_hf_folder(folder):
+        if check:
+            check_export(folder)
+            require_recorded(folder, weight_files(folder))
         return open_hf(folder, optional, tokenizer)
     foreign = find_foreign(folder, step)
     if foreign is not None:
         kind, found = foreign
-        return SavedModel(*kind.open(found, Help(configs, tokenizer, step, optional)))
+        if check:
+            check_export(found)
+        model = SavedModel(*kind.open(found, Help(configs, tokenizer, step, optional)))
+        if check:
+            require_recorded(found, model.files)
+        return model
     candidates = newest_first(folder)
     if step is not None:
         return open_step(step_among(candidates, step, folder), check)
@@ -145,6 +154,8 @@ def open_peft(folder: Path, check: bool) -> SavedModel:
 
     Raises  CheckpointError if that is not there or has other weights.
     """
+    if check:
+        check_export(folder)
     adapter = read_peft(folder)
     base = open_model(base_place(folder, adapter.record), check=check)
     return with_own_tokenizer(peft_over_base(adapter, base, check=check))
@@ -165,6 +176,8 @@ def open_adapted(base: SavedModel, path: str | Path, *, check: bool = True) -> S
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if is_peft_folder(folder):
+        if check:
+            check_export(folder)
         return with_own_tokenizer(peft_over_base(read_peft(folder), base, check=check))
     step = newest_first(folder)[0]
     own, config = open_alone(step, check)

@@ -1,19 +1,16 @@
 """Export folders: the record that every export carries, and the model that it describes."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from castalia.core.errors import CheckpointError
+from castalia.formats.export_record import RECORD, check_export, read_record
 from castalia.formats.saved_model import TOKENIZER
 from castalia.models.families import build_model_config
 from castalia.models.model_config import ModelConfig
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-RECORD = "export.json"
-"""File with the origin, the config and the file hashes of an export."""
 CHECKPOINTS = ("hf", "neox", "peft", "rwkv")
 """Formats of exports that are read like a checkpoint, on any engine."""
 GGUF_FILE = "model.gguf"
@@ -38,20 +35,27 @@ class ExportFolder:
     """The export against float32 on held-out text; None if it was not measured."""
 
 
-def open_export(path: Path) -> ExportFolder | None:
+def open_export(path: Path, *, check: bool = True) -> ExportFolder | None:
     """The export at `path`, a folder or its .gguf file; None if `path` is something else.
 
     An export that is a checkpoint like any other (hf, neox, rwkv) is None too, and so is a GGUF
     file that another program wrote.
-    Raises  CheckpointError if the record is damaged.
+    Takes   check: whether its files are compared with the hashes in its record.
+    Raises  CheckpointError if the record or a file is damaged.
     """
-    folder = path.parent if path.suffix == ".gguf" else path
+    folder = path
+    if path.suffix == ".gguf":
+        if path.name != GGUF_FILE:
+            return None
+        folder = path.parent
     if not (folder / RECORD).is_file():
         return None
-    record = read_record(folder)
+    record = read_record(folder, check=check)
     # Other programs read these, and so does the reader of checkpoints.
     if record["to"] in CHECKPOINTS:
         return None
+    if check:
+        check_export(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     return ExportFolder(
         folder=folder,
@@ -70,18 +74,3 @@ def recorded_ids(record: dict[str, Any], tokenizer: Tokenizer | None) -> Special
     if "end_ids" not in record:
         return SpecialIds.of_tokenizer(tokenizer)
     return SpecialIds(tuple(record["end_ids"]), record.get("start_id"))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """export.json of an export.
-
-    Raises  CheckpointError if it is missing or damaged.
-    """
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        assert {"to", "numbers", "model"} <= record.keys()
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{folder / RECORD} is not the record of an export ({error!r}); export the model again"
-        ) from None
-    return dict(record)

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from castalia.core.errors import ConfigError, nearest
+from castalia.formats.export_record import hashed_beside
 from castalia.formats.folded import folded
 from castalia.formats.saved_model import SavedModel, open_adapted, open_model
 from castalia.inference.adapted_engine import prompted
@@ -29,6 +30,7 @@ def load(
     device: str = "auto",
     cache: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    verify: bool = True,
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
@@ -47,6 +49,8 @@ def load(
             cache: dtype of keys and values, for native fp32 (the default), bf16 or int8 with a
             scale for each token and head.
             adapter: a run that trained one, or a folder of PEFT; it is merged into the weights.
+            verify: whether the files of weights are compared with the hashes that a checkpoint or
+            an export has of them, each content once in a process.
     Warns   if engine=auto chose an engine that cannot compute the model; torch takes its place.
     Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
             option, a model that the named engine cannot compute, or an engine whose package is not
@@ -69,18 +73,24 @@ def load(
             f"unknown engine {engine!r}; choose one of {', '.join(menu)}{nearest(engine, menu)}"
         )
     # An export is recognized by its record: its files look like those of other formats.
-    export = open_export(Path(path))
-    if export is not None and not is_read_as_model(export, engine):
+    with hashed_beside():
+        export = open_export(Path(path), check=verify)
+        if export is not None and not is_read_as_model(export, engine):
+            require_no_adapter(export, adapter)
+            return load_export(export, engine, dtype, device, cache)
+        source = open_model(path, check=verify)
         if adapter is not None:
-            raise ConfigError(
-                f"{path} is an export to {export.kind}, into which no adapter can be merged; name"
-                " the checkpoint, or export the adapter's run itself"
-            )
-        return load_export(export, engine, dtype, device, cache)
-    source = open_model(path)
+            source = open_adapted(source, os.fspath(adapter), check=verify)
+        return load_checkpoint(source, engine, dtype, device, cache)
+
+
+def require_no_adapter(export: ExportFolder, adapter: object) -> None:
+    """Raises  ConfigError for an adapter over the packed weights of an export."""
     if adapter is not None:
-        source = open_adapted(source, os.fspath(adapter))
-    return load_checkpoint(source, engine, dtype, device, cache)
+        raise ConfigError(
+            f"{export.folder} is an export to {export.kind}, into which no adapter can be merged;"
+            " name the checkpoint, or export the adapter's run itself"
+        )
 
 
 def is_read_as_model(export: ExportFolder, engine: str) -> bool:

@@ -39,7 +39,7 @@ def load_readers(path: str, engine: str, dtype: str | None, device: str) -> Read
             one for the model, else torch.
     Raises  as `castalia.load`.
     """
-    if engine != "auto" or open_export(Path(path)) is not None:
+    if engine != "auto" or open_export(Path(path), check=False) is not None:
         # The native engine's own default is int8, whose choices are others.
         numbers = dtype or ("fp32" if engine == "native" else None)
         return readers_of(load(path, engine=engine, dtype=numbers, device=device))

@@ -13,6 +13,7 @@ from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest, quoted
 from castalia.core.memory import available_bytes
 from castalia.corpus.conversation import template_of
+from castalia.formats.export_record import check_export
 from castalia.formats.saved_model import open_adapted, open_model
 from castalia.inference.adapted_engine import with_adapter
 from castalia.inference.language_model import LanguageModel
@@ -48,6 +49,8 @@ class ServeOptions:
     """Models in memory at a time; one more only while it is being loaded."""
     room: float = 30.0
     """Seconds for which a request waits until others have finished texts and made room."""
+    verify: bool = True
+    """Whether the files of a model are compared with their recorded hashes."""
 
 
 class UnknownModelError(ConfigError):
@@ -177,13 +180,17 @@ class ModelPool:
         return loaded
 
     def check(self, name: str) -> None:
-        """Compare the hashes of a checkpoint's files before other models make room for it.
+        """Compare the hashes of a model's files before other models make room for it.
 
         Raises  CheckpointError if it is damaged.
         """
         location = self.locations[name]
-        if location.base is None and (Path(location.path) / MANIFEST).is_file():
+        if location.base is not None or not self.options.verify:
+            return
+        if (Path(location.path) / MANIFEST).is_file():
             open_model(location.path)
+        else:
+            check_export(Path(location.path))
 
     def fits(self, name: str, other: LoadedModel) -> bool:
         """Whether memory has room for a model beside those that are there, of which one is given.
@@ -205,7 +212,9 @@ class ModelPool:
         if base is not None:
             base.stays = True
             where = self.locations[base.name].path
-            return self.serving(name, shared(base.model, where, location.path), stays=True)
+            return self.serving(
+                name, shared(base.model, where, location.path, self.options.verify), stays=True
+            )
         options = self.options
         path = location.path
         adapter = None
@@ -218,6 +227,7 @@ class ModelPool:
             dtype=options.dtype,
             cache=options.cache,
             adapter=adapter,
+            verify=options.verify,
         )
         return self.serving(name, model)
 
@@ -260,13 +270,13 @@ class ModelPool:
         return total
 
 
-def shared(base: LanguageModel, base_path: str, path: str) -> LanguageModel:
+def shared(base: LanguageModel, base_path: str, path: str, verify: bool = True) -> LanguageModel:
     """An adapter over the weights of a torch engine that are in memory already.
 
     Raises  CheckpointError if it belongs to other weights.
     """
     assert isinstance(base.engine, TorchEngine)
-    source = open_adapted(open_model(base_path), path)
+    source = open_adapted(open_model(base_path, check=verify), path, check=verify)
     assert source.adapter is not None
     engine = with_adapter(base.engine, source.adapter)
     return LanguageModel(engine, source.tokenizer, source.step, source.special)

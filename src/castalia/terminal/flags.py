@@ -112,6 +112,13 @@ class EngineFlags:
         str | None,
         ENGINE(help="native: keys and values in fp32, bf16 or int8.", show_default="fp32"),
     ] = None
+    verify: Annotated[
+        bool,
+        ENGINE(
+            "--verify/--no-verify",
+            help="Compare the files of a checkpoint or an export with their recorded hashes.",
+        ),
+    ] = True
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -20,6 +20,7 @@ from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import claimed
 from castalia.eval.labels import config_of_run, start_seed_in
 from castalia.eval.places import Checkpoint, checkpoints_of
+from castalia.formats.export_record import check_export
 from castalia.formats.saved_model import open_model
 from castalia.weights.statistics import Between, Sums, between, spectrum, summed, sums_of
 from castalia.weights.table import (
@@ -162,8 +163,11 @@ def members_of(paths: Sequence[str]) -> list[Member]:
 
 
 def opened(checkpoint: Checkpoint) -> StoredTensors:
-    """The weights of a checkpoint, not read yet. `castalia audit` compares hashes, not this."""
-    return open_model(checkpoint.path, check=False).tensors
+    """The weights of a checkpoint, not read yet. `castalia audit` compares the hashes of runs, not
+    this."""
+    saved = open_model(checkpoint.path, check=False)
+    check_export(saved.folder)
+    return saved.tensors
 
 
 def identity_of(member: Member, step: int, spectra: bool) -> str:

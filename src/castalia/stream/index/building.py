@@ -11,9 +11,10 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import claimed, read_json, write_json
+from castalia.core.sealed import OWN_HASH, with_own_hash
 from castalia.data.fingerprint import contents, source_changes
 from castalia.data.indexed import IndexedDataset
-from castalia.data.seals import OWN, require_own, with_own_hash
+from castalia.data.seals import require_own
 from castalia.stream.index.flat import FlatTokens, width_of
 from castalia.stream.index.parts import (
     PART_TOKENS,
@@ -73,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             )
         require_own(path, path.read_text(), content, f"remove {folder} and build it again")
         layout = Layout(**content["layout"])
-        return Manifest(layout, content["end"], dict(content["contents"]), OWN in content)
+        return Manifest(layout, content["end"], dict(content["contents"]), OWN_HASH in content)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: not the manifest of an index ({error!r}); remove {folder} and build it again"
