@@ -121,7 +121,7 @@ def opens(monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
     """Make every path a checkpoint of `config` whose weights raise."""
     tokenizer = castalia.tokenizers.tokenizer.load_tokenizer("bytes")
     source = SavedModel(Path("checkpoint"), config, Unread(), tokenizer, 1)
-    monkeypatch.setattr(loading, "open_model", lambda path: source)
+    monkeypatch.setattr(loading, "open_model", lambda path, check: source)
     monkeypatch.setattr("castalia.export.exports.open_model", lambda path: source)
     monkeypatch.setattr("castalia.export.places.find_checkpoint", Path)
 
