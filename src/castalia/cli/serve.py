@@ -13,6 +13,7 @@ from castalia.terminal.flags import EngineFlags, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.serve.connections import BoundedServer, ConnectionLimits
+    from castalia.serve.model_pool import ServeOptions
 
 LISTEN = panel("Address")
 LIMITS = panel("Limits")
@@ -151,15 +152,11 @@ def serve(
     from castalia.serve.app import make_app
     from castalia.serve.connections import BoundedServer, ConnectionTable
     from castalia.serve.hosts import AllowedHosts
-    from castalia.serve.model_pool import ModelPool, ServeOptions
+    from castalia.serve.model_pool import ModelPool
 
     # What is imported stays: searched for cycles, it would stop every request for a second.
     gc.freeze()
-    engine = (running.engine, running.dtype, running.cache)
-    options = ServeOptions(
-        *engine, limits.slots, limits.queue, limits.keep, limits.room, running.verify
-    )
-    pool = ModelPool(models, options, named_adapters(adapter or []))
+    pool = ModelPool(models, serve_options(running, limits), named_adapters(adapter or []))
     table = ConnectionTable(connection_limits(limits))
     app = make_app(
         pool,
@@ -170,6 +167,15 @@ def serve(
         connections=table,
     )
     run(BoundedServer(app, table, grace=limits.grace), list(pool.locations), listen)
+
+
+def serve_options(running: EngineFlags, limits: LimitFlags) -> "ServeOptions":
+    """How models are loaded, and how many texts each accepts."""
+    from castalia.serve.model_pool import ServeOptions
+
+    engine = (running.engine, running.dtype, running.cache)
+    room = (limits.slots, limits.queue, limits.keep, limits.room)
+    return ServeOptions(*engine, *room, running.verify)
 
 
 def connection_limits(limits: LimitFlags) -> "ConnectionLimits":
