@@ -174,8 +174,9 @@ def serve_options(running: EngineFlags, limits: LimitFlags) -> "ServeOptions":
     from castalia.serve.model_pool import ServeOptions
 
     engine = (running.engine, running.dtype, running.cache)
-    room = (limits.slots, limits.queue, limits.keep, limits.room)
-    return ServeOptions(*engine, *room, running.verify)
+    return ServeOptions(
+        *engine, limits.slots, limits.queue, limits.keep, limits.room, running.verify
+    )
 
 
 def connection_limits(limits: LimitFlags) -> "ConnectionLimits":
