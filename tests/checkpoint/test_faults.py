@@ -144,6 +144,16 @@ def test_unfinished_saves_are_passed_over_with_a_word(store):
     ]
 
 
+def test_what_a_killed_deletion_left_goes_at_the_next_start(store):
+    left = store.folder / ".trash-step-00000000-1"
+    shutil.copytree(store.folder_of(1), left)
+    with store.writing():
+        store.load_latest(blank())
+        assert left.exists()
+    assert store.load_latest(blank()) == (2, {"step": 2})
+    assert not left.exists()
+
+
 def test_a_copied_folder_is_not_another_step(store):
     shutil.copytree(store.folder_of(1), store.folder / "step-00000009")
     with pytest.raises(

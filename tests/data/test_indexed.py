@@ -279,3 +279,24 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CastaliaError, match="cannot write"):
         IndexedDatasetWriter(tmp_path / "file" / "x", np.uint16)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    left = [tmp_path / f".out{suffix}.0123abcd.tmp" for suffix in (".bin", ".idx", ".json")]
+    for path in (*left, tmp_path / ".other.bin.0123abcd.tmp"):
+        path.write_bytes(b"left")
+    first = IndexedDatasetWriter(tmp_path / "out", np.uint16)
+    first.add([1, 2])
+    assert not any(path.exists() for path in left)
+    # That of a living writer stays, and so do those of its other files.
+    left[1].write_bytes(b"its")
+    with IndexedDatasetWriter(tmp_path / "out", np.uint16) as second:
+        second.add([3])
+    first.close()
+    assert IndexedDataset(tmp_path / "out")[0].tolist() == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out.bin",
+        "out.idx",
+        ".out.idx.0123abcd.tmp",
+        ".other.bin.0123abcd.tmp",
+    }

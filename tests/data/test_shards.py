@@ -13,10 +13,17 @@ import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.curate.resharding import shard, unshard
-from castalia.data import DataConfig, IndexedDataset, build_rows, check_vocab
+from castalia.data import (
+    DataConfig,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    build_rows,
+    check_vocab,
+)
 from castalia.data import shards as shard_module
 from castalia.data.fingerprint import contents
 from castalia.data.shards import base_of, find_shards, shard_name
+from castalia.data.sidecar import close_with_record
 
 SIZES = [5, 0, 1, 40, 3, 200, 7, 7]
 """263 tokens of 2 bytes: most 101-byte shards cut a document, every other one a token."""
@@ -284,3 +291,20 @@ def test_borders_are_where_the_sizes_say(cut):
     buffer = IndexedDataset(parts).buffer
     assert all(b - a == 101 for a, b in pairwise(buffer.starts[:-1].tolist()))
     assert buffer[99:105] == Path(cut(526)[0] + ".bin").read_bytes()[99:105]
+
+
+def test_damaged_shards_are_seen_by_the_record_before_they_have_a_name(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "c", np.uint16) as writer:
+        writer.add(np.arange(200))
+        record = close_with_record(writer, str(tmp_path / "c"), {})
+    assert record["bin_sha256"]
+    shard(tmp_path / "c", tmp_path / "parts", size=160)
+    for name, message in (("c-00001-of-00002.bin", "one of the shards"), ("c.idx", "SHA-256 is")):
+        path = tmp_path / "parts" / name
+        good = path.read_bytes()
+        path.write_bytes(good[:-12] + bytes([good[-12] ^ 1]) + good[-11:])
+        with pytest.raises(DataError, match=message):
+            unshard(tmp_path / "parts" / "c", tmp_path / "out")
+        assert not (tmp_path / "out" / "c.bin").exists()
+        path.write_bytes(good)
+    assert unshard(tmp_path / "parts" / "c", tmp_path / "out").bytes == 400

@@ -232,6 +232,7 @@ class Store:
         Raises  CheckpointError if checkpoints exist and none is good, or the good one does not fit.
         """
         self.report_unfinished()
+        self.end_deletions()
         ready: dict[int, Ready] = {}
         step = self.newest_good(partial(make_ready, tensors=tensors, elsewhere=elsewhere), ready)
         if step == NO_STEP:
@@ -305,6 +306,17 @@ class Store:
                 name = item.name.removeprefix(".").removesuffix(".tmp")
                 if STEP_NAME.fullmatch(name) and not (self.folder / name / COMPLETE).exists():
                     self.warn(f"{item} is left over from an unfinished save; ignoring it")
+
+    def end_deletions(self) -> None:
+        """Delete what killed deletions left, also of a run that will save no more."""
+        left = list(self.folder.glob(".trash-*"))
+        if self.rank or not left:
+            return
+        with open(self.folder / LOCK, "ab") as lock:
+            # Whoever saves here deletes them itself.
+            if locked(lock):
+                for folder in left:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def warn(self, message: str) -> None:
         """Show a warning and keep it."""

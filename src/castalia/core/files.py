@@ -1,6 +1,7 @@
 """Local files: atomic writes, hashes, and folders claimed by one process."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -87,6 +88,25 @@ def on_disk(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clear_temporaries(path: str | Path) -> bool:
+    """Delete what killed writers of `path` left beside it; whether nobody writes it now.
+
+    What a living process has locked stays, and everything where locks do not exist.
+    """
+    path = Path(path)
+    idle = True
+    for left in list(path.parent.glob(f".{glob.escape(path.name)}.????????.tmp")):
+        try:
+            with open(left, "r+b") as file:
+                if lock_of(file):
+                    left.unlink()
+                else:
+                    idle = False
+        except OSError:  # a folder, somebody else's, or gone
+            continue
+    return idle
 
 
 def read_json(path: Path, error: type[CastaliaError] = DataError) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
-from castalia.data.seals import path_of, recorded_files
+from castalia.data.seals import fault_of, path_of, recorded_files
 from castalia.data.shards import (
     SHARD_BYTES,
     Joined,
@@ -81,8 +81,17 @@ def unshard(
     if output is not None:
         base = Path(output) / base.name
         refuse_other_neighbours(dataset.prefix, base)
+    record = read_record(dataset.prefix) or {}
+    for name, file in recorded_files(str(dataset.prefix), record).items():
+        # Absent side files are nobody's damage: shards are often copied with their .idx alone.
+        if name != ".bin" and file.size is not None and (fault := fault_of(file)):
+            raise DataError(f"{file.paths[0]}: {fault}")
     joined = join_shards(
-        shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes
+        shards,
+        base.with_name(base.name + ".bin"),
+        hashes=hashes,
+        sha256=record.get("bin_sha256"),
+        on_bytes=on_bytes,
     )
     copy_neighbours(dataset.prefix, base)
     return joined

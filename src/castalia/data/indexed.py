@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from castalia.core.errors import DataError
-from castalia.core.files import cannot_write
+from castalia.core.files import cannot_write, clear_temporaries, lock_of
 from castalia.data.mapped import Buffer, MappedFile, MappedShards
 from castalia.data.seals import HashedFile, entry
 from castalia.data.shards import base_of, find_shards
@@ -48,6 +48,8 @@ CHECKED_AT_OPENING = 1 << 24
 seconds."""
 WRITE_BUFFER = 1 << 20
 """Bytes collected before a write."""
+LEFT = (".idx", ".json", ".documents.parquet")
+"""What a killed writer may leave temporary files of, beside the .bin."""
 
 
 def best_dtype(vocab_size: int | None) -> np.dtype[Any]:
@@ -261,7 +263,13 @@ class IndexedDatasetWriter:
         self.tokens = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+            # A killed job leaves as much as it had written, and nobody else would remove it.
+            if clear_temporaries(self.bin_path):
+                for suffix in LEFT:
+                    clear_temporaries(self.bin_path.with_suffix(suffix))
             self.file = open(self.temporary_bin, "wb", buffering=WRITE_BUFFER)  # noqa: SIM115
+            # While it is open it is ours.
+            lock_of(self.file)
         except OSError as error:
             raise cannot_write(self.bin_path, error) from error
 
@@ -321,7 +329,6 @@ class IndexedDatasetWriter:
             self.file.flush()
             # The contents reach the disk before the name does.
             os.fsync(self.file.fileno())
-            self.file.close()
             size = self.tokens * self.dtype.itemsize
             self.entries[".bin"] = entry(size, self.digest.hexdigest())
             with HashedFile(self.temporary_idx) as index:
@@ -332,6 +339,9 @@ class IndexedDatasetWriter:
         except OSError as error:
             self.abort()
             raise cannot_write(self.bin_path, error) from error
+        finally:
+            # Only now: closed, it would be what a killed writer left.
+            self.file.close()
 
     def abort(self) -> None:
         """Close and delete the temporary files."""

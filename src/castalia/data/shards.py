@@ -180,9 +180,10 @@ def join_shards(
     bin_path: Path,
     *,
     hashes: Mapping[str, str] | None = None,
+    sha256: str | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Joined:
-    """Write shards one after the other as `bin_path`.
+    """Write shards one after the other as `bin_path`, whose hash must be `sha256` if that is known.
 
     The bytes grow in a hidden neighbour `.NAME.partial`, renamed when all are there. A second call
     continues: existing bytes are compared with the shards, so that a wrong or half-written chunk is
@@ -212,6 +213,12 @@ def join_shards(
             target.truncate(total)
             target.flush()
             os.fsync(target.fileno())
+        if sha256 is not None and digest != sha256:
+            partial.unlink()
+            raise DataError(
+                f"{shards[0].parent}: one of the shards of {bin_path.name} is damaged: the SHA-256"
+                f" of all is not the one in their record; copy them again"
+            )
         os.replace(partial, bin_path)
     except OSError as error:
         raise cannot_write(bin_path, error) from error

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
+from castalia.core.parquet_seal import seal
 from castalia.core.workers import WorkerPool
 from castalia.eval.labels import config_of_run, start_seed_in
 from castalia.memorization.completion import Completions, Wanted, in_parallel, nothing
@@ -353,17 +354,17 @@ def write_whole(job: Job) -> None:
     metadata = facts(job) | model | {"job": job.identity(), "weights": weights, "near_ties": near}
     metadata["arithmetic"] = sorted(ways)
     fields = schema(metadata)
-    with (
-        atomic_write(job.output, "wb") as file,
-        parquet.ParquetWriter(file, fields, compression="zstd", write_page_checksum=True) as writer,
-    ):
-        for step in sorted(map(int, weights)):
-            if step in parts:
-                for path in parts[step]:
-                    writer.write_table(parquet.read_table(path).cast(fields))
-            elif earlier is not None:
-                for group in earlier.groups(step):
-                    writer.write_table(group.cast(fields))
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with atomic_write(job.output, "wb") as file:
+        with parquet.ParquetWriter(file, fields, **options) as writer:
+            for step in sorted(map(int, weights)):
+                if step in parts:
+                    for path in parts[step]:
+                        writer.write_table(parquet.read_table(path).cast(fields))
+                elif earlier is not None:
+                    for group in earlier.groups(step):
+                        writer.write_table(group.cast(fields))
+        seal(file)
 
 
 def facts_of_part(done: Completions, readers: Readers) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write
+from castalia.core.parquet_seal import parquet_fault, seal, with_place
 
 EXTRA = "parquet"
 PURPOSE = "castalia memorize"
@@ -43,7 +44,8 @@ def schema(metadata: Mapping[str, Any]) -> Any:
         "exact": pyarrow.bool_(),
         "loss": pyarrow.float32(),
     }
-    return pyarrow.schema(list(columns.items()), {KEY: json.dumps(metadata).encode()})
+    described = {KEY: json.dumps(metadata).encode()}
+    return with_place(pyarrow.schema(list(columns.items()), described))
 
 
 def write_part(
@@ -63,6 +65,7 @@ def write_part(
     with atomic_write(path, "wb") as file:
         # Checksums: a flipped bit is an error when the file is read, never a number.
         parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+        seal(file)
 
 
 class Scores:
@@ -72,6 +75,8 @@ class Scores:
         parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
         self.path = path
         try:
+            if fault := parquet_fault(path):
+                raise DataError(f"{path} is damaged: {fault}; delete it")
             self.file = parquet.ParquetFile(path, page_checksum_verification=True)
             self.metadata: dict[str, Any] = json.loads(self.file.schema_arrow.metadata[KEY])
         except OSError as error:

@@ -83,7 +83,13 @@ class ResultsStore:
 
         Raises  DataError if the file is damaged or is no results table.
         """
-        return self.contents().select(list(COLUMNS)).cast(arrow_schema())
+        arrow = require("pyarrow", EXTRA, PURPOSE)
+        table = self.contents().select(list(COLUMNS))
+        try:
+            return table.cast(arrow_schema())
+        # Texts whose places a flipped bit led out of their dictionary.
+        except arrow.ArrowException as error:
+            raise self.damage(error) from None
 
     def contents(self) -> Any:
         """The table as it is written: texts as dictionaries, and with columns of later versions.

@@ -13,7 +13,14 @@ from castalia.config.anchor import DIRECTORY
 from castalia.config.base import check
 from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import atomic_write, cannot_write, read_json, sha256_of, write_json
+from castalia.core.files import (
+    atomic_write,
+    cannot_write,
+    clear_temporaries,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from castalia.core.secrets import redacted_words
 from castalia.monitor import describe_environment
 from castalia.runs.config import RunConfig
@@ -60,6 +67,9 @@ def write_run_folder(
     `start` is the record of the start weights of a fresh run.
     """
     folder = Path(config.output)
+    for name in (*HASHED, RECORD):
+        # The run has claimed its folder: what is there is of a start that was killed.
+        clear_temporaries(folder / name)
     # At each start: a resume may have changed what it is allowed to.
     with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))

@@ -19,6 +19,7 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write
+from castalia.core.parquet_seal import parquet_fault, seal, with_place
 from castalia.weights.statistics import SPECTRUM
 
 EXTRA = "parquet"
@@ -60,7 +61,9 @@ def write_table(path: Path, table: Any) -> None:
     """Write a Parquet file, atomically."""
     parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     with atomic_write(path, "wb") as file:
-        parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+        whole = with_place(table)
+        parquet.write_table(whole, file, compression="zstd", write_page_checksum=True)
+        seal(file)
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
@@ -70,6 +73,8 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Any:
     """
     parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     try:
+        if fault := parquet_fault(path):
+            raise DataError(f"{path} is damaged: {fault}; delete it")
         names = parquet.read_schema(path).names
         if names != list(COLUMNS):
             raise DataError(

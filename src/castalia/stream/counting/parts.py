@@ -1,10 +1,12 @@
 """Counts on disk: parts of neighbouring steps, each with prefix sums by step."""
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,9 +89,10 @@ class Part:
                 self.arrays = {name: file[name] for name in file.files}
             names = self.arrays["names"].tobytes()
             ends = self.arrays["name_ends"].tolist()
-        except (OSError, ValueError, KeyError, EOFError) as error:
+            self.labels = [names[a:b].decode("utf-8") for a, b in pairwise([0, *ends])]
+        # The archive has a checksum of every array.
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise DataError(f"{path}: damaged counts ({error}); delete the file") from None
-        self.labels = [names[a:b].decode("utf-8") for a, b in pairwise([0, *ends])]
 
     def tokens_in(self, first: int, stop: int) -> int:
         """Tokens of the text of the part's steps among `first` to `stop` - 1."""
