@@ -69,7 +69,7 @@ class Tally:
     """What happened to the jobs of one kind."""
 
     seconds: float
-    """Duration of an undisturbed job, on which the moments of the kills are drawn."""
+    """Duration of the longest undisturbed job; the moments of kills are drawn on its own."""
     kills: int = 0
     jobs: int = 0
     """Jobs that ended."""
@@ -155,10 +155,12 @@ class Campaign:
     tally: Tally
     expected: dict[int, dict[str, bytes]]
     """Content of the undisturbed job, by number modulo the alternatives."""
+    seconds: dict[int, float]
+    """Its duration, likewise."""
 
-    def moment(self, killed: int) -> float:
+    def moment(self, number: int, killed: int) -> float:
         """Seconds until the next kill of a job that was killed so often."""
-        longest = self.tally.seconds
+        longest = self.seconds[number % len(self.seconds)]
         if killed and self.draw.random() < HURRIED:
             longest *= 0.4
         return self.draw.uniform(0, longest)
@@ -182,7 +184,7 @@ class Campaign:
         while not ended:
             spared = killed == MOST_IN_ONE_JOB or self.tally.kills == kills
             before = self.job.progress(folder)
-            seconds = None if spared else self.moment(killed)
+            seconds = None if spared else self.moment(number, killed)
             try:
                 ended, orphans = attempt(self.job, number, folder, seconds, self.draw)
             except RuntimeError as error:
@@ -264,10 +266,11 @@ def kills_of_kind(job: KilledJob, root: Path, kills: int, seed: int) -> dict[str
         (place / name).symlink_to(root / name)
     wholes = [undisturbed(job, place, number) for number in range(job.alternatives)]
     expected = {number: content for number, (content, _) in enumerate(wholes)}
-    tally = Tally(max(seconds for _, seconds in wholes))
+    durations = {number: seconds for number, (_, seconds) in enumerate(wholes)}
+    tally = Tally(max(durations.values()))
     # The seed of a kind does not depend on the kinds before it.
     draw = random.Random(f"{seed} {job.name}")
-    Campaign(job, place, draw, tally, expected).run(kills)
+    Campaign(job, place, draw, tally, expected, durations).run(kills)
     return asdict(tally)
 
 

@@ -126,19 +126,20 @@ class Matrix:
 
     def build(self) -> None:
         """Make the undamaged files, unless an earlier call has made all of them."""
-        done = self.whole / "done"
-        if done.exists():
+        if self.whole.exists():
             return
-        self.whole.mkdir(parents=True)
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
 
         def run(words: tuple[str, ...]) -> None:
-            code = wait_for_all(start(self.whole, lambda: run_and_exit(list(words))))
+            code = wait_for_all(start(self.place, lambda: run_and_exit(list(words))))
             if code != [0]:
-                raise RuntimeError(f"{words}: {(self.whole / LOG).read_text()[-2000:]}")
+                raise RuntimeError(f"{words}: {(self.place / LOG).read_text()[-2000:]}")
 
-        build(self.whole, run)
-        wait_for_all(start(self.whole, Library("", ()).run))
-        done.touch()
+        build(self.place, run)
+        wait_for_all(start(self.place, Library("", ()).run))
+        # Made where they will be damaged: some files name others by whole paths.
+        self.place.rename(self.whole)
 
     def copy(self, needs: str) -> None:
         """A new copy of some of the files."""
@@ -249,7 +250,7 @@ def unlisted(whole: Path) -> list[str]:
     listed = {name for row in ROWS for name in row.files_in(whole, every=True)}
     listed |= {path.name for pattern in GIVEN for path in whole.glob(pattern)}
     files = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
-    return sorted(files - listed - {LOG, "done"})
+    return sorted(files - listed - {LOG})
 
 
 def verdicts(cells: dict[str, dict[str, Cell]]) -> dict[str, list[str]]:

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.extras import require
-from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
-from castalia.core.parquet_seal import seal
+from castalia.core.files import claimed, locked, read_json, write_json
 from castalia.core.workers import WorkerPool
 from castalia.eval.labels import config_of_run, start_seed_in
 from castalia.memorization.completion import Completions, Wanted, in_parallel, nothing
@@ -31,7 +30,7 @@ from castalia.memorization.engines import Readers, load_readers
 from castalia.memorization.job import Job, Options, Shard, hash_of
 from castalia.memorization.reader import Ids, Reader
 from castalia.memorization.recall import memorization_score
-from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
+from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, table_writer, write_part
 from castalia.models import parameter_counts
 from castalia.stream.opening import steps_of
 from castalia.stream.same_data import training_hash
@@ -354,17 +353,14 @@ def write_whole(job: Job) -> None:
     metadata = facts(job) | model | {"job": job.identity(), "weights": weights, "near_ties": near}
     metadata["arithmetic"] = sorted(ways)
     fields = schema(metadata)
-    options = {"compression": "zstd", "write_page_checksum": True}
-    with atomic_write(job.output, "wb") as file:
-        with parquet.ParquetWriter(file, fields, **options) as writer:
-            for step in sorted(map(int, weights)):
-                if step in parts:
-                    for path in parts[step]:
-                        writer.write_table(parquet.read_table(path).cast(fields))
-                elif earlier is not None:
-                    for group in earlier.groups(step):
-                        writer.write_table(group.cast(fields))
-        seal(file)
+    with table_writer(job.output, fields) as writer:
+        for step in sorted(map(int, weights)):
+            if step in parts:
+                for path in parts[step]:
+                    writer.write_table(parquet.read_table(path).cast(fields))
+            elif earlier is not None:
+                for group in earlier.groups(step):
+                    writer.write_table(group.cast(fields))
 
 
 def facts_of_part(done: Completions, readers: Readers) -> dict[str, Any]:

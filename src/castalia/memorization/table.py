@@ -15,6 +15,7 @@ says what was computed, as JSON.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ def write_part(
 ) -> None:
     """Write one shard atomically; a column that is None is all null."""
     pyarrow = require("pyarrow", EXTRA, PURPOSE)
-    parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     fields = schema(metadata)
     count = next(len(values) for values in columns.values() if values is not None)
     arrays = []
@@ -62,9 +62,19 @@ def write_part(
         made = pyarrow.nulls(count, field.type)
         arrays.append(made if values is None else pyarrow.array(values, field.type))
     table = pyarrow.Table.from_arrays(arrays, schema=fields)
+    # Checksums: a flipped bit is an error when the file is read, never a number.
+    with table_writer(path, fields) as writer:
+        writer.write_table(table)
+
+
+@contextmanager
+def table_writer(path: Path, fields: Any) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetWriter; the file appears when the block ends, whole and sealed."""
+    parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
     with atomic_write(path, "wb") as file:
-        # Checksums: a flipped bit is an error when the file is read, never a number.
-        parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+        options = {"compression": "zstd", "write_page_checksum": True}
+        with parquet.ParquetWriter(file, fields, **options) as writer:
+            yield writer
         seal(file)
 
 
