@@ -64,6 +64,11 @@ def test_the_data_of_a_run_are_gone(run):
 def test_the_data_of_a_run_have_changed(run):
     prefix = str(run / "data" / "train" / "stdlib")
     rewritten(prefix)
+    with pytest.raises(DataError, match=r"stdlib\.bin is damaged: its SHA-256 is not the one in"):
+        open_stream(str(run))
+    # Other data with a record of their own, or with none.
+    for suffix in (".json", ".documents.parquet"):
+        Path(prefix + suffix).unlink(missing_ok=True)
     text = r"no longer those that .*: train source 0 \(stdlib\): contents differ .* say where"
     with pytest.raises(DataError, match=text):
         open_stream(str(run))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.sealed import record_text, with_own_hash
 from castalia.data import IndexedDatasetWriter, order_cache
 from castalia.stream import (
     Tracer,
@@ -204,7 +205,7 @@ def test_an_index_gives_the_same_and_another_files_is_refused(prefixes, tmp_path
         assert list(found.records()) == records
     other = json.loads((tmp_path / "A.index/index.json").read_text())
     other["contents"]["bin_sha256"] = "0"
-    (tmp_path / "A.index/index.json").write_text(json.dumps(other))
+    (tmp_path / "A.index/index.json").write_text(record_text(with_own_hash(other)))
     with pytest.raises(DataError, match=r"A.index.*contents differ.*of other data"):
         Tracer(stream, index_folder=tmp_path)
 
