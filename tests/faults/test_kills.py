@@ -21,4 +21,5 @@ def test_jobs_killed_at_random_end_as_if_undisturbed():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "60 kills in" in done.stdout
+    # Each kind has its share, rounded down.
+    assert "59 kills in" in done.stdout
