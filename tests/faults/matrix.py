@@ -240,7 +240,9 @@ def sentence(printed: str) -> str:
     line = [*about, *[line for line in lines if "error:" in line], *lines[-1:], "(nothing)"][0]
     line = re.sub(r"^.*?(error|Warning|warning|note):\s*", "", line)
     line = re.sub(r"[\w.-]*/[\w./-]*/", "", line)
-    line = re.sub(r"\b[0-9a-f]{8,}\b|\d+", "N", line).replace("|", "/")
+    # Not the number in SHA-256 or utf-8, which is a part of a name.
+    line = re.sub(r"\b[0-9a-f]{8,}\b|(?<!SHA-)(?<!sha)(?<!utf-)\b\d+|(?<=-)\d{5,}", "N", line)
+    line = line.replace("|", "/")
     words = line.split()
     return " ".join(words[:12]) + (" ..." if len(words) > 12 else "")
 
