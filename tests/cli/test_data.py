@@ -86,7 +86,7 @@ def test_shards_from_end_to_end(run, tmp_path):
     assert "in 4 shards" in run("inspect", "cut/c")[1]
     assert run("verify", "cut/c", "--write-hashes", "hashes.txt")[0] == 0
     code, out, _ = run("verify", "cut/c-00000-of-00003.bin", "--hashes", "hashes.txt")
-    assert code == 0 and out.count("ok  ") == 9 and "FAIL" not in out
+    assert code == 0 and out.count("ok  ") == 12 and "FAIL" not in out
     code, out, _ = run("unshard", "cut/c", "--output", "joined", "--hashes", "hashes.txt", "--json")
     assert (code, json.loads(out)["bytes"], json.loads(out)["path"]) == (0, 84, "joined/c.bin")
     for suffix in (".bin", ".idx", ".json"):
@@ -104,7 +104,7 @@ def test_verify_fails(run, tmp_path):
     run("verify", "cut/c", "--write-hashes", "hashes.txt")
     os.remove(tmp_path / "cut" / "c-00001-of-00003.bin")
     code, out, err = run("verify", "cut/c", "--hashes", "hashes.txt")
-    assert (code, err) == (1, "castalia: error: 2 of 6 checks failed\n")
+    assert (code, err) == (1, "castalia: error: 2 of 7 checks failed\n")
     assert (
         "FAIL hash      cut/c-00001-of-00003.bin: the list of hashes names it, but it is missing\n"
         in out
@@ -113,7 +113,7 @@ def test_verify_fails(run, tmp_path):
         json.loads(line)
         for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()
     ]
-    assert [check["ok"] for check in found] == [False, True, False, True, True, True]
+    assert [check["ok"] for check in found] == [False, True, False, True, True, True, True]
     assert run("verify", "c", "--hashes", "a", "--write-hashes", "b")[0] == 2
 
 

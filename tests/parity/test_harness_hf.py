@@ -119,6 +119,8 @@ def models_of_both(
         else:
             content["bos_token_id"] = 1
         (folder / "hf" / name).write_text(json.dumps(content))
+    # An edited folder is no export any more.
+    (folder / "hf" / "export.json").unlink()
     return folder / "hf", folder / "hf"
 
 
