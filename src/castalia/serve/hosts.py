@@ -6,9 +6,10 @@ across sites: then Origin names the page, and the browser sends them even where 
 answers. A page does not know the key of a server that has one.
 """
 
-import ipaddress
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
+
+from castalia.core.hosts import host_of, is_address
 
 EVERY = "*"
 """The allowed host that turns the checks off."""
@@ -35,13 +36,13 @@ class AllowedHosts:
             elif header.lower() == b"origin":
                 origins.append(value.decode("latin-1").strip().lower())
         for host in hosts:
-            name = name_in(host)
+            name = host_of(host)
             # A page cannot make an address resolve to another machine, so addresses are safe.
             if not (self.given(name) or is_local(name) or is_address(name)):
                 return not_allowed("Host", host, name)
         for origin in origins:
             if not self.allows_origin(origin, hosts):
-                return not_allowed("Origin", origin, name_in(urlsplit_host(origin)))
+                return not_allowed("Origin", origin, host_of(urlsplit_host(origin)))
         return None
 
     def given(self, name: str) -> bool:
@@ -58,7 +59,7 @@ class AllowedHosts:
             # An application or an extension of a browser, which no page can pose as.
             return True
         host = urlsplit_host(origin)
-        return host != "" and (host in hosts or self.given(name_in(host)))
+        return host != "" and (host in hosts or self.given(host_of(host)))
 
 
 def urlsplit_host(origin: str) -> str:
@@ -69,25 +70,9 @@ def urlsplit_host(origin: str) -> str:
         return ""
 
 
-def name_in(host: str) -> str:
-    """The name in NAME:PORT or [ADDRESS]:PORT."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] or host
-
-
 def is_local(name: str) -> bool:
     """Whether a browser takes the name for this machine without asking DNS (RFC 6761, 6.3)."""
     return name == LOCAL or name.endswith(f".{LOCAL}")
-
-
-def is_address(name: str) -> bool:
-    """Whether it is an address and no name."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def not_allowed(header: str, value: str, name: str) -> str:

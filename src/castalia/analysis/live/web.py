@@ -1,13 +1,13 @@
 """What a server on a user's machine owes: who may ask, and what an answer may do."""
 
-import ipaddress
 import json
 import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+
+from castalia.core.hosts import host_of, is_address
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """Names of this machine that no other one can have."""
@@ -88,23 +88,6 @@ def require_host(header: str | None, host: str) -> None:
     if name in allowed or (host not in LOCAL and is_address(name)):
         return
     raise RefusalError(403, f"the Host header {header!r} does not name this server")
-
-
-def host_of(header: str | None) -> str:
-    """The name in a Host header, without its port; "" if it is none."""
-    try:
-        return (urlsplit(f"//{header or ''}").hostname or "").lower()
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    """Whether a host is written in digits."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def require_same_origin(headers: Mapping[str, str | None], method: str) -> None:
