@@ -102,7 +102,7 @@ def test_the_member_of_a_killed_suite_saves_and_ends(tmp_path):
     suite = start(tmp_path, "-m", "castalia", "suite", "one.yaml", "--run", "output=suite")
     members = trainers(suite, 1)
     (folder,) = [words for words in members[0].cmdline() if words.startswith("output=")]
-    run = tmp_path / folder.removeprefix("output=")
+    run = tmp_path / folder.removeprefix("output=").strip('"')
     wait_for_steps(run / "metrics.jsonl")
     suite.kill()
     require_end(members)
