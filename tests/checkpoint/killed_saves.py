@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from castalia.checkpoint import Store, verify
-from castalia.checkpoint.shards import HashedFile
+from castalia.core.hashed_file import HashedFile
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"}
 armed_at: int | None = None
@@ -39,7 +39,7 @@ def watch():
     def torn_write(self, data):
         half = len(data) // 2
         write(self, data[:half])
-        self.file.flush()
+        self.flush()
         operation()
         write(self, data[half:])
 

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from castalia.checkpoint import Store, verify
-from castalia.checkpoint.shards import HashedFile
 from castalia.core.errors import CheckpointError
+from castalia.core.hashed_file import HashedFile
 from castalia.distributed import World
 from castalia.distributed.join import leave
 
@@ -152,7 +152,7 @@ def fault_of_one_disk(store, tensors):
     write = HashedFile.write
 
     def full(self, data):
-        if str(self.file.name).endswith(".safetensors"):
+        if str(self.name).endswith(".safetensors"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, data)
 

@@ -23,8 +23,8 @@ from castalia.checkpoint import (
     verify,
 )
 from castalia.checkpoint import save as save_module
-from castalia.checkpoint.shards import HashedFile
 from castalia.core.errors import CheckpointError
+from castalia.core.hashed_file import HashedFile
 
 FILES = ["COMPLETE", "manifest.json", "state.json", "config.yaml", "tokenizer.json"]
 SHARDS = ["model-00000.safetensors", "optim-00000.safetensors"]

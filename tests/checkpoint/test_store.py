@@ -19,8 +19,8 @@ from castalia.checkpoint import save as save_module
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.load import read_text
 from castalia.checkpoint.manifest import DTYPES, read_manifest, reading
-from castalia.checkpoint.shards import HashedFile
 from castalia.core.errors import CheckpointError
+from castalia.core.hashed_file import HashedFile
 
 
 def blank(tensors):

@@ -91,7 +91,7 @@ def test_killed_anywhere_one_of_both_is_whole(tmp_path, monkeypatch, earlier, ca
 
 def test_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "sync", lambda path: calls.append(path.name))
+    monkeypatch.setattr(module, "on_disk", lambda path: calls.append(path.name))
     monkeypatch.setattr(
         module, "exchanged", lambda one, other: calls.append("exchange") or exchanged(one, other)
     )

@@ -1,62 +1,40 @@
 """One safetensors file, read by the safetensors library and written here.
 
-Writing here makes the hash one of the intended bytes: hashing a file after it was written would
-also vouch for what the disk made of it.
 Source  the format: https://github.com/huggingface/safetensors#format (length, JSON header, raw
         data).
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from castalia.checkpoint.manifest import DTYPES, MANIFEST, Chunk, DamagedCheckpointError, FileEntry
+from castalia.core.hashed_file import HashedFile
+from castalia.core.sealed import Seal
 from castalia.distributed.boxes import Box
 
-BLOCK = 1 << 24
-"""Bytes hashed and written at a time; small enough to stay in the cache between the two."""
 NAMES = {kind: name for name, (kind, _) in DTYPES.items()}
 """torch's dtype -> its name in the manifest."""
 
 
-class HashedFile:
-    """A file that is hashed while it is written, and synced when closed."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Hash and append."""
-        for start in range(0, len(data), BLOCK):
-            piece = data[start : start + BLOCK]
-            self.digest.update(piece)
-            self.file.write(piece)
-        self.size += len(data)
-
-    def close(self) -> FileEntry:
-        """Sync the bytes to the disk; returns their size and hash."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return FileEntry(size=self.size, sha256=self.digest.hexdigest())
-
-
 def write_bytes(path: Path, data: bytes) -> FileEntry:
     """Write a small file to the disk; returns its size and hash."""
-    with open(path, "wb") as file:
-        out = HashedFile(file)
-        out.write(data)
-        return out.close()
+    with HashedFile(path) as file:
+        file.write(data)
+        return entry_of(file.sync())
+
+
+def entry_of(seal: Seal) -> FileEntry:
+    """The entry of a file in the manifest."""
+    assert seal.size is not None
+    return FileEntry(size=seal.size, sha256=seal.sha256)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -73,12 +51,11 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
         header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    with open(path, "wb") as file:
-        out = HashedFile(file)
-        out.write(len(text).to_bytes(8, "little") + text)
+    with HashedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            out.write(raw_bytes(tensors[key]))
-        return out.close()
+            file.write(raw_bytes(tensors[key]))
+        return entry_of(file.sync())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

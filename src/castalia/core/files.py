@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -40,12 +40,18 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a local file, read 4 MiB at a time."""
+def sha256_of(*paths: str | Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Hex SHA-256 of a local file, or of several one after the other, read 4 MiB at a time.
+
+    Takes   on_bytes: called with the number of bytes that were just read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                if on_bytes:
+                    on_bytes(len(chunk))
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from castalia.core.files import CLAIM, lock_of, locked, this_process
+from castalia.core.files import CLAIM, lock_of, locked, on_disk, this_process
 
 WORKSHOP = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.tmp(?P<old>\.old)?")
 """Name of a workshop. `.old` ended the name of an earlier folder between the renames of versions
@@ -88,23 +88,14 @@ def sync_tree(folder: Path) -> None:
     """Let every file of a folder, and the names in it, reach the disk."""
     for base, _, names in os.walk(folder, topdown=False):
         for name in names:
-            sync(Path(base) / name)
+            on_disk(Path(base) / name)
         sync_folder(Path(base))
 
 
 def sync_folder(folder: Path) -> None:
     """Let the names in a folder reach the disk, where the system syncs folders."""
     with suppress(OSError):
-        sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Let one file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        on_disk(folder)
 
 
 def clear_workshops(parent: Path) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import cannot_write, write_json
+from castalia.core.hashed_file import HashedFile
+from castalia.core.sealed import Seal
 from castalia.corpus import provenance
 from castalia.corpus.documents import Fault, fault_sentence
 from castalia.corpus.forms import TOKENS
@@ -32,7 +34,7 @@ from castalia.corpus.part_files import (
 )
 from castalia.corpus.parts import JobPart
 from castalia.data.indexed import give_names, write_index
-from castalia.data.seals import HashedFile, entries_of, entry, sealed
+from castalia.data.seals import entries_of, entry, sealed
 
 REJECTS_OF_JOB = "whole.rejects.jsonl"
 MOMENT = "moment"
@@ -247,13 +249,13 @@ class WorkFolder:
             rejects = self.write_rejects()
             rejected = Path(self.job.output + provenance.REJECTS)
             for i, (prefix, record) in enumerate(zip(self.prefixes, records, strict=True)):
-                tokens = entry(self.wholes[i].tell(), self.digests[i].hexdigest())
+                tokens = entry(Seal(self.digests[i].hexdigest(), self.wholes[i].tell()))
                 files = {".bin": tokens, ".idx": self.write_idx(i)}
                 if self.job.documents and self.outputs[i].kind == TOKENS:
                     with HashedFile(self.folder / f"whole.{i}{provenance.SUFFIX}") as file:
                         names = self.job.wanted.metadata_names
                         provenance.write_index(file, self.index_tables(i), names)
-                        files[provenance.SUFFIX] = file.sync()
+                        files[provenance.SUFFIX] = entry(file.sync())
                 path = self.folder / f"whole.{i}.json"
                 written += [
                     (self.folder / f"whole.{i}{suffix}", Path(prefix + suffix))
@@ -287,7 +289,7 @@ class WorkFolder:
         with HashedFile(self.folder / f"whole.{output}.idx") as file:
             dtype = self.outputs[output].dtype
             write_index(file, dtype, documents, lambda: self.all_sizes(output))
-            return file.sync()
+            return entry(file.sync())
 
     def all_sizes(self, output: int) -> Iterator[Any]:
         """Tokens of each document, part by part."""
@@ -311,7 +313,7 @@ class WorkFolder:
         with HashedFile(self.folder / REJECTS_OF_JOB) as file:
             for reject in self.rejects():
                 file.write(json.dumps(reject, ensure_ascii=False).encode() + b"\n")
-            return file.sync()
+            return entry(file.sync())
 
     def rejects(self, within: str = "") -> Iterator[dict[str, Any]]:
         """The rejected documents of all parts in order, those whose JSON contains `within`."""

@@ -22,8 +22,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from castalia.core.errors import DataError
 from castalia.core.files import cannot_write, clear_temporaries, lock_of
+from castalia.core.hashed_file import HashedFile
+from castalia.core.sealed import Seal
 from castalia.data.mapped import Buffer, MappedFile, MappedShards
-from castalia.data.seals import HashedFile, entry
+from castalia.data.seals import entry
 from castalia.data.shards import base_of, find_shards
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -330,10 +332,10 @@ class IndexedDatasetWriter:
             # The contents reach the disk before the name does.
             os.fsync(self.file.fileno())
             size = self.tokens * self.dtype.itemsize
-            self.entries[".bin"] = entry(size, self.digest.hexdigest())
+            self.entries[".bin"] = entry(Seal(self.digest.hexdigest(), size))
             with HashedFile(self.temporary_idx) as index:
                 write_index(index, self.dtype, len(sizes), lambda: [sizes], self.doc_idx)
-                self.entries[".idx"] = index.sync()
+                self.entries[".idx"] = entry(index.sync())
             renames = [(self.temporary_bin, self.bin_path), (self.temporary_idx, self.idx_path)]
             give_names(renames)
         except OSError as error:

@@ -5,16 +5,13 @@ Every writer of token files seals its record here; records of older versions hav
 .bin at most, and what they lack is not covered.
 """
 
-import hashlib
-import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
-from castalia.core.files import CHUNK_BYTES
-from castalia.core.sealed import OWN_HASH, has_own_hash, with_own_hash
+from castalia.core.files import sha256_of
+from castalia.core.sealed import OWN_HASH, Seal, has_own_hash, with_own_hash
 from castalia.data.shards import OnBytes, find_shards
 
 FILES = "files"
@@ -42,28 +39,9 @@ class RecordedFile(NamedTuple):
             return None
 
 
-class HashedFile(io.BufferedWriter):
-    """A file that is hashed as it is written, from its beginning to its end."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(open(path, "wb", buffering=0), CHUNK_BYTES)  # noqa: SIM115
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        """Append, as every file does."""
-        self.digest.update(data)
-        return super().write(data)
-
-    def sync(self) -> dict[str, Any]:
-        """Bring the contents to the disk; returns their entry in a record."""
-        self.flush()
-        os.fsync(self.fileno())
-        return entry(self.tell(), self.digest.hexdigest())
-
-
-def entry(size: int, sha256: str) -> dict[str, Any]:
+def entry(seal: Seal) -> dict[str, Any]:
     """The entry of a file in a record."""
-    return {"bytes": size, "sha256": sha256}
+    return {"bytes": seal.size, "sha256": seal.sha256}
 
 
 def entries_of(prefix: str, suffixes: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -72,7 +50,7 @@ def entries_of(prefix: str, suffixes: Iterable[str]) -> dict[str, dict[str, Any]
     for suffix in suffixes:
         path = path_of(prefix, suffix)
         if path.is_file():
-            entries[suffix] = entry(path.stat().st_size, hash_of([path]))
+            entries[suffix] = entry(Seal(sha256_of(path), path.stat().st_size))
     return entries
 
 
@@ -140,18 +118,6 @@ def bin_paths(prefix: str) -> Sequence[Path]:
     return find_shards(prefix) or [whole]
 
 
-def hash_of(paths: Iterable[Path], on_bytes: OnBytes | None = None) -> str:
-    """Hex SHA-256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-                if on_bytes:
-                    on_bytes(len(chunk))
-    return digest.hexdigest()
-
-
 def fault_of(file: RecordedFile, on_bytes: OnBytes | None = None) -> str | None:
     """What is wrong with files, by reading them; None if they are right."""
     size = file.size
@@ -160,7 +126,7 @@ def fault_of(file: RecordedFile, on_bytes: OnBytes | None = None) -> str | None:
     if file.bytes not in (None, size):
         return f"has {size} bytes, expected {file.bytes}; copy or prepare the file again"
     try:
-        digest = hash_of(file.paths, on_bytes)
+        digest = sha256_of(*file.paths, on_bytes=on_bytes)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     if digest != file.sha256:
