@@ -80,6 +80,16 @@ def test_a_flip_and_a_missing_file_are_found(copy, pattern):
     assert "missing" in wrong[0]["fault"]
 
 
+def test_words_that_name_a_run_or_a_step(house):
+    (run,) = [path.parent for path in house.glob("*/checkpoints")]
+    (step,) = check_folders([f"{run}/step2"])
+    assert step.kind == "checkpoint" and step.path.endswith("checkpoints/step-00000002")
+    assert [folder.path for folder in check_folders([f"{run}@2"])] == [step.path]
+    assert next(check_folders([run / "config.yaml"])).path == str(run)
+    with pytest.raises(CheckpointError, match=r"step 9 was not saved.*choose one of 0, "):
+        next(check_folders([f"{run}/step9"]))
+
+
 def test_a_folder_without_anything_of_ours(tmp_path):
     with pytest.raises(ConfigError, match="holds nothing that Castalia wrote"):
         list(check_folders([tmp_path]))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint.find import WANTED_STEP, find_checkpoint, folder_of
 from castalia.core.errors import ConfigError
 from castalia.core.hub import did_you_mean
 from castalia.integrity.kinds import CheckedFile, FolderKind
@@ -46,7 +47,7 @@ def check_folders(
     Raises  ConfigError for a path at which nothing of ours lies.
     """
     for word in paths:
-        path = Path(word)
+        path = meant(word)
         found = False
         for kind, folder in folders_of_ours(path):
             found = True
@@ -55,6 +56,20 @@ def check_folders(
             yield CheckedFolder(str(folder), kind.name, list(kind.check(folder)))
         if not found:
             raise ConfigError(nothing_at(path))
+
+
+def meant(word: str | os.PathLike[str]) -> Path:
+    """The path that a word names, as every verb reads it: RUN/step1000 is a checkpoint, and
+    RUN/config.yaml its run.
+
+    Raises  CheckpointError listing the steps of a run that lacks the named one.
+    """
+    path = folder_of(Path(word))
+    names_step = WANTED_STEP.fullmatch(path.name.rpartition("@")[2])
+    # A number may also be the prefix of token files.
+    if names_step and not path.exists() and next(folders_of_ours(path), None) is None:
+        return find_checkpoint(path)
+    return path
 
 
 def folders_of_ours(path: Path) -> Iterator[tuple[FolderKind, Path]]:
