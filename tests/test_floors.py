@@ -27,6 +27,7 @@ FLOORS = {
     "formats": 5,  # other programs' files; `checkpoint` is our own store
     "interventions": 5,  # changes rows of `data`, by the document index of `corpus`
     "curate": 5,  # reads documents with the readers of `corpus`
+    "native": 5,  # packed weights, their kernels and the compiled step; know no engine
     "inference": 6,
     "eval": 7,  # below `train`, whose hook evaluates while it trains
     "export": 7,

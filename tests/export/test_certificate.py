@@ -16,7 +16,7 @@ from castalia.export.certificate import LENGTHS, compared, fixed_prompts
 from castalia.export.formats import HuggingFace
 from castalia.formats.saved_model import SavedModel
 from castalia.inference import load
-from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine
 
 
 def written(folder: Path) -> dict:

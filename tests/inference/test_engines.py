@@ -16,9 +16,9 @@ from castalia.export import export, parity
 from castalia.inference import LanguageModel
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
-from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
+from castalia.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from castalia.runs.config import RunConfig
 
 PROMPTS = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵"]

@@ -7,14 +7,14 @@ from castalia.distributed import initialize
 from castalia.inference.batching import Admission, Batcher
 from castalia.inference.engine import Engine
 from castalia.inference.language_model import LanguageModel
-from castalia.inference.native import compiled
-from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.packing import STORAGES
-from castalia.inference.native.weights import packed_weights
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
+from castalia.native import compiled
+from castalia.native.packing import STORAGES
+from castalia.native.weights import packed_weights
 
 SHAPES = {
     "pythia": NeoxConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257),

@@ -10,11 +10,7 @@ import castalia
 from castalia.core.errors import ConfigError
 from castalia.distributed import initialize
 from castalia.inference.language_model import LanguageModel
-from castalia.inference.native import compiled
-from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.packing import PANEL, dense
-from castalia.inference.native.tables import bias_table
-from castalia.inference.native.weights import load_weights, packed_weights, save_weights
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.speculative import speculative_complete
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -22,6 +18,10 @@ from castalia.models.config import TransformerConfig
 from castalia.models.families import FAMILIES
 from castalia.models.init import start_weights
 from castalia.models.scaling import RopeScaling
+from castalia.native import compiled
+from castalia.native.packing import PANEL, dense
+from castalia.native.tables import bias_table
+from castalia.native.weights import load_weights, packed_weights, save_weights
 
 LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

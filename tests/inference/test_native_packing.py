@@ -9,10 +9,15 @@ import torch
 from castalia.core import native_code
 from castalia.core.errors import ConfigError
 from castalia.distributed import initialize
-from castalia.inference.native import compiled
-from castalia.inference.native.fused import FusedForward
-from castalia.inference.native.kernels import KERNELS, candidates, make, steps_of
-from castalia.inference.native.packing import (
+from castalia.inference.torch_engine import TorchEngine
+from castalia.models import Decoder
+from castalia.models.families.llama import LlamaConfig
+from castalia.models.init import start_weights
+from castalia.models.quantizing import GROUP
+from castalia.native import compiled
+from castalia.native.fused import FusedForward
+from castalia.native.kernels import KERNELS, candidates, make, steps_of
+from castalia.native.packing import (
     STORAGES,
     dense,
     in_panels,
@@ -20,13 +25,8 @@ from castalia.inference.native.packing import (
     pack,
     quantized_rows,
 )
-from castalia.inference.native.tuning import chosen
-from castalia.inference.native.weights import packed_weights
-from castalia.inference.torch_engine import TorchEngine
-from castalia.models import Decoder
-from castalia.models.families.llama import LlamaConfig
-from castalia.models.init import start_weights
-from castalia.models.quantizing import GROUP
+from castalia.native.tuning import chosen
+from castalia.native.weights import packed_weights
 
 ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
 """What a kernel's treatment of activations may change, against the largest output."""

@@ -14,13 +14,13 @@ from castalia.eval.likelihoods.readers import DecoderReader
 from castalia.eval.likelihoods.scoring import Likelihood, Line, score_lines
 from castalia.inference import quick
 from castalia.inference.engine import Engine
-from castalia.inference.native import compiled
-from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.weights import packed_weights
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.quick import quick_model
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
 from castalia.models.scaling import RopeScaling
+from castalia.native import compiled
+from castalia.native.weights import packed_weights
 
 LIMIT = 128
 

@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from castalia.inference import LanguageModel
-from castalia.inference.native.choosing import Chooser
-from castalia.inference.native.compiled import library
-from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.weights import packed_weights
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.torch_engine import TorchEngine
 from castalia.memorization.completion import Wanted, complete, in_parallel
 from castalia.memorization.native_reader import NativeReader
@@ -18,6 +15,9 @@ from castalia.memorization.reader import NEAR
 from castalia.memorization.slots_reader import SlotsReader
 from castalia.memorization.torch_reader import TorchReader
 from castalia.models import Decoder, build_model_config
+from castalia.native.choosing import Chooser
+from castalia.native.compiled import library
+from castalia.native.weights import packed_weights
 
 PROMPT = 6
 WINDOW = 14

@@ -17,7 +17,7 @@ from castalia.inference.engines import engine_of_export
 from castalia.inference.exported import open_export
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import engine_for, is_read_as_model
-from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine
 from castalia.models import ModelConfig, build_model_config, parameter_counts
 from castalia.results import Labels
 

@@ -31,11 +31,11 @@ from castalia.formats.gguf_recurrent import RECURRENT
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.gguf_architectures import refusal
-from castalia.inference.native.packing import CELLS, STORAGES
-from castalia.inference.native.weights import packed_weights, save_weights
 from castalia.models.config import TransformerConfig, require_transformer
 from castalia.models.model_config import BlocksConfig, ModelConfig
 from castalia.models.windows import window, within_window, without_idle_window
+from castalia.native.packing import CELLS, STORAGES
+from castalia.native.weights import packed_weights, save_weights
 from castalia.tokenizers.settings import (
     DEFAULT,
     chat_templates,

@@ -4,7 +4,7 @@ from castalia.core.registry import Registry
 from castalia.inference.ct2_engine import Ct2Engine
 from castalia.inference.engine import Engine
 from castalia.inference.llama_cpp import LlamaCppEngine
-from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.openvino_engine import OpenVinoEngine
 from castalia.inference.torch_engine import TorchEngine
 

@@ -13,7 +13,7 @@ from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.exported import ExportFolder, open_export
 from castalia.inference.language_model import LanguageModel
-from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.torch_engine import TorchEngine
 
 GGUF_FLOATS = ("F32", "F16")

@@ -11,12 +11,12 @@ from castalia.core.extras import require
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.implements import NEOX
-from castalia.inference.native.weights import rope_angles
 from castalia.models.config import require_transformer
 from castalia.models.families import family_of
 from castalia.models.families.base import LinearPart
 from castalia.models.parts.qkv import heads_apart
 from castalia.models.quantizing import quantize_channels
+from castalia.native.weights import rope_angles
 
 
 class Graph:

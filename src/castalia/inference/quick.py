@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from castalia.inference.engine import ScoringModel
-from castalia.inference.native.kernels import has_onednn, onednn_product
-from castalia.inference.native.tuning import fastest
 from castalia.models import Decoder
+from castalia.native.kernels import has_onednn, onednn_product
+from castalia.native.tuning import fastest
 
 LEAST_WEIGHTS = 1 << 18
 """Weights of the largest layer below which the choice is not worth measuring."""

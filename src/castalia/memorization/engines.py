@@ -10,14 +10,14 @@ from castalia.formats.saved_model import SavedModel, open_model
 from castalia.inference import LanguageModel, load
 from castalia.inference.exported import open_export
 from castalia.inference.loading import load_checkpoint
-from castalia.inference.native.choosing import Chooser
-from castalia.inference.native.compiled import library
-from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.torch_engine import TorchEngine
 from castalia.memorization.native_reader import NativeReader
 from castalia.memorization.reader import NEAR, Reader
 from castalia.memorization.slots_reader import SlotsReader
 from castalia.memorization.torch_reader import TorchReader
+from castalia.native.choosing import Chooser
+from castalia.native.compiled import library
 
 
 class Readers(NamedTuple):

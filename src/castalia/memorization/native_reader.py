@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from castalia.inference.native.cache import FusedCache
-from castalia.inference.native.choosing import Chooser, Chosen, fits
 from castalia.memorization.reader import NEAR, Choices, Ids, Reader
+from castalia.native.cache import FusedCache
+from castalia.native.choosing import Chooser, Chosen, fits
 
 TOKENS_AT_ONCE = 512
 """Tokens of a pass: their activations stay in the cache of the processor."""

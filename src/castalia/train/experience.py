@@ -15,13 +15,13 @@ from castalia.distributed import World
 from castalia.eval.aside import Peers, undisturbed, whole_model
 from castalia.inference import LanguageModel
 from castalia.inference.engine import Engine
-from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.weights import packed_weights
+from castalia.inference.native_engine import NativeEngine
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.losses import Scored
 from castalia.losses.policy import Policy
 from castalia.models import Decoder
+from castalia.native.weights import packed_weights
 from castalia.rollouts.answers import Drawing, Prompt, ends_of_texts, write_answers
 from castalia.rollouts.prompts import PromptRecords, require_room
 from castalia.rollouts.records import RolloutFile, as_json, facts_of, from_json

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from castalia.inference.native.packing import PANEL
-from castalia.inference.native.weights import PackedWeights
 from castalia.models.parts.positions import RelativeBias, SinusoidalPositions, alibi_slopes
+from castalia.native.packing import PANEL
+from castalia.native.weights import PackedWeights
 
 
 def position_table(weights: PackedWeights) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 The layer is written twice. The compiled step of step.cpp runs where a C++ compiler exists and the
 storage is one that it reads. Everywhere else the PyTorch decoder runs, with linear layers that
-compute on packed weights; see decoder.py.
+compute on packed weights; see castalia.native.decoder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,6 @@ from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots
 from castalia.inference.exported import ExportFolder
 from castalia.inference.implements import NATIVE
-from castalia.inference.native.cache import CACHES, require_cache, token_bytes
-from castalia.inference.native.compiled import library
-from castalia.inference.native.decoder import PackedDecoder, bf16_decoder, kernel_decoder
-from castalia.inference.native.fused import FusedForward
-from castalia.inference.native.kernels import is_fused
-from castalia.inference.native.packing import STORAGES
-from castalia.inference.native.tuning import chosen
-from castalia.inference.native.weights import PackedWeights, load_weights, packed_weights
 from castalia.inference.torch_engine import (
     head_in_parts,
     hidden_of,
@@ -31,6 +23,14 @@ from castalia.inference.torch_engine import (
 )
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
+from castalia.native.cache import CACHES, require_cache, token_bytes
+from castalia.native.compiled import library
+from castalia.native.decoder import PackedDecoder, bf16_decoder, kernel_decoder
+from castalia.native.fused import FusedForward
+from castalia.native.kernels import is_fused
+from castalia.native.packing import STORAGES
+from castalia.native.tuning import chosen
+from castalia.native.weights import PackedWeights, load_weights, packed_weights
 
 ROWS_AT_ONCE = 256
 """Tokens of prompts in one pass: enough for full speed of the products, and little memory."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from castalia.inference.native.cache import FusedCache, new_cache
-from castalia.inference.native.compiled import KINDS, Long, address, c_linear
-from castalia.inference.native.packing import PANEL
-from castalia.inference.native.structs import CBatch, CLayer, CModel, CNorm
-from castalia.inference.native.tables import bias_table, position_table
-from castalia.inference.native.weights import HEAD, PRODUCTS, PackedWeights, rope_angles
 from castalia.models.families import family_of
+from castalia.native.cache import FusedCache, new_cache
+from castalia.native.compiled import KINDS, Long, address, c_linear
+from castalia.native.packing import PANEL
+from castalia.native.structs import CBatch, CLayer, CModel, CNorm
+from castalia.native.tables import bias_table, position_table
+from castalia.native.weights import HEAD, PRODUCTS, PackedWeights, rope_angles
 
 NORMS = {"layernorm": 0, "rmsnorm": 1, "scalenorm": 2, "non_parametric_layernorm": 0}
 """Norms with their numbers in step.cpp."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.inference.native import compiled
-from castalia.inference.native.packing import FLOATS, Packed, dense, quantized_rows
 from castalia.models.quantizing import GROUP
+from castalia.native import compiled
+from castalia.native.packing import FLOATS, Packed, dense, quantized_rows
 
 
 class Kernel(ABC):

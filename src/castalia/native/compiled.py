@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from castalia.core.native_code import native_library
-from castalia.inference.native.packing import PANEL, Packed
+from castalia.native.packing import PANEL, Packed
 
 SOURCE = Path(__file__).with_name("step.cpp")
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}

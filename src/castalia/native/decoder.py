@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.inference.native.kernels import Kernel, make
-from castalia.inference.native.packing import Packed, dense
-from castalia.inference.native.weights import HEAD, PackedWeights
 from castalia.models import Decoder
+from castalia.native.kernels import Kernel, make
+from castalia.native.packing import Packed, dense
+from castalia.native.weights import HEAD, PackedWeights
 
 ROWS_AT_ONCE = 256
 """Rows of one call of a kernel: the float32 copies that quantizing makes then stay in the cache."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.inference.native.compiled import KINDS, address
-from castalia.inference.native.packing import PANEL
-from castalia.inference.native.structs import CCache
 from castalia.models.config import TransformerConfig
+from castalia.native.compiled import KINDS, address
+from castalia.native.packing import PANEL
+from castalia.native.structs import CCache
 
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """Values of `cache=` with the dtype of the numbers, the default first."""

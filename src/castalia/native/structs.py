@@ -2,7 +2,7 @@
 
 import ctypes
 
-from castalia.inference.native.compiled import CLinear, Long, Pointer
+from castalia.native.compiled import CLinear, Long, Pointer
 
 
 def longs(*names: str) -> list[tuple[str, type[Long]]]:

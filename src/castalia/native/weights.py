@@ -19,7 +19,12 @@ from torch import Tensor
 from castalia.checkpoint.tensors import save_tensors
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
-from castalia.inference.native.packing import (
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.families import build_model_config, family_of
+from castalia.models.model_config import ModelConfig
+from castalia.models.parts.rotary import rope_tables
+from castalia.models.quantizing import quantize_channels
+from castalia.native.packing import (
     FLOATS,
     PANEL,
     Packed,
@@ -28,11 +33,6 @@ from castalia.inference.native.packing import (
     part_of,
     require_storage,
 )
-from castalia.models.config import TransformerConfig, require_transformer
-from castalia.models.families import build_model_config, family_of
-from castalia.models.model_config import ModelConfig
-from castalia.models.parts.rotary import rope_tables
-from castalia.models.quantizing import quantize_channels
 
 FORMAT = "castalia-native"
 VERSION = 1

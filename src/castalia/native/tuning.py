@@ -19,8 +19,8 @@ import torch
 from castalia.core.errors import CastaliaError
 from castalia.core.files import cache_folder, write_json
 from castalia.core.native_code import processor
-from castalia.inference.native.kernels import KERNELS, Kernel, candidates, make
-from castalia.inference.native.packing import Packed, bare, pack
+from castalia.native.kernels import KERNELS, Kernel, candidates, make
+from castalia.native.packing import Packed, bare, pack
 
 ROWS = (1, 8, 32)
 SECONDS = 1.0

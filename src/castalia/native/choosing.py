@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from castalia.inference.native.cache import FusedCache
-from castalia.inference.native.compiled import address, c_linear
-from castalia.inference.native.fused import FusedForward
-from castalia.inference.native.packing import CELLS, PANEL, Packed, dense, pack, quantized_rows
-from castalia.inference.native.structs import CBatch, CChoice
-from castalia.inference.native.weights import HEAD
+from castalia.native.cache import FusedCache
+from castalia.native.compiled import address, c_linear
+from castalia.native.fused import FusedForward
+from castalia.native.packing import CELLS, PANEL, Packed, dense, pack, quantized_rows
+from castalia.native.structs import CBatch, CChoice
+from castalia.native.weights import HEAD
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

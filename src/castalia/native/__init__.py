@@ -1,0 +1,1 @@
+"""Weights packed for this CPU, kernels of their products, and the compiled step; know no engine."""
