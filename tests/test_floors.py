@@ -7,6 +7,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "castalia"
 FLOORS = {
     "core": 0,
     "config": 1,
+    "machine": 1,  # measured once, and read by whatever chooses by speed
     "tokenizers": 1,  # read by `data` and by whatever has text
     "data": 2,
     "mixing": 2,

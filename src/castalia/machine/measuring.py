@@ -1,0 +1,197 @@
+"""The measurement of this machine: how fast it reads memory, and multiplies matrices.
+
+A product is (rows x 1024) by (1024 x 1024). Each call takes the next of several matrices, as layers
+take turns in a model. int8 includes what it costs to round the activations, which every model with
+such weights pays; fp32 and bf16 are products alone.
+
+The whole takes SECONDS, on a slow machine too. One without instructions for a dtype may be hundreds
+of times slower in it: what would take too long is not tried, and counts with the rate of fewer
+rows. Every cell is measured again and again through the whole time and its best time counts, so
+that a moment in which the machine does something else changes nothing.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = (1, 8, 32, 128, 512)
+"""One text that is decoded, a batch of them, a short prompt, a part of a long one, a batch."""
+WIDTH = 1024
+"""Inputs and outputs of a product: between the shapes of a model of 14M weights and of 1B."""
+MATRICES = 8
+"""Matrices of a dtype. In float32 they are 32 MiB together, more than the caches of one core."""
+SECONDS = 1.6
+"""Time of all products together."""
+PATIENCE = 0.04
+"""Seconds beyond which a call is not tried; 1 GFLOP takes that long at 27 GFLOP/s."""
+READ_SECONDS = 0.25
+"""Time of reading memory."""
+LEAST_BYTES = 64 << 20
+MOST_BYTES = 256 << 20
+"""The buffer that is read: twice the largest cache, within these bounds."""
+
+Call = Callable[[], object]
+Cell = tuple[str, str, int]
+"""dtype, library, rows."""
+
+
+def memory_rate(seconds: float = READ_SECONDS) -> float:
+    """Bytes a second that all threads together read from a buffer that no cache holds."""
+    size = min(MOST_BYTES, max(LEAST_BYTES, 2 * largest_cache()))
+    data = torch.ones(size // 4, dtype=torch.float32, device="cpu")
+    best = seconds_of(data.sum)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, seconds_of(data.sum))
+    return data.nbytes / best
+
+
+def largest_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the last cache of a core; 0 where Linux does not say."""
+    sizes = [0]
+    for path in folder.glob("index*/size"):
+        with suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes)
+
+
+def product_rates(seconds: float = SECONDS) -> dict[str, dict[str, dict[int, float]]]:
+    """FLOP/s by dtype, library and rows; what torch lacks on this machine is left out."""
+    # Neither a caller's autocast nor its gradients belong to the measurement.
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        times = best_times(calls_of(), seconds)
+    rates: dict[str, dict[str, dict[int, float]]] = {}
+    for (dtype, library, rows), best in times.items():
+        flops = 2 * rows * WIDTH * WIDTH
+        rates.setdefault(dtype, {}).setdefault(library, {})[rows] = flops / best
+    return rates
+
+
+def best_times(calls: dict[Cell, Call], seconds: float) -> dict[Cell, float]:
+    """Best time of each call; calls of one dtype and library stand in ascending rows.
+
+    A call that is expected to take longer than PATIENCE has the time expected: that of fewer rows,
+    in proportion.
+    """
+    end = time.perf_counter() + seconds
+    times: dict[Cell, float] = {}
+    tried: dict[Cell, Call] = {}
+    for (dtype, library, rows), call in calls.items():
+        cell = (dtype, library, rows)
+        expected = expected_time(times, cell)
+        if expected > PATIENCE or (expected and time.perf_counter() > end):
+            times[cell] = expected
+            continue
+        try:
+            # The first call of a size compiles it.
+            call()
+        except (RuntimeError, NotImplementedError):  # not on this kind of machine
+            continue
+        times[cell] = seconds_of(call)
+        tried[cell] = call
+    while time.perf_counter() < end:
+        for cell, call in tried.items():
+            times[cell] = min(times[cell], seconds_of(call))
+    return times
+
+
+def expected_time(times: dict[Cell, float], cell: Cell) -> float:
+    """The time of a call by that of the same product with fewer rows; 0 if there is none."""
+    dtype, library, rows = cell
+    fewer = [other for other in times if other[:2] == (dtype, library)]
+    if not fewer:
+        return 0.0
+    return times[fewer[-1]] * rows / fewer[-1][2]
+
+
+def seconds_of(call: Call) -> float:
+    """One call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def calls_of() -> dict[Cell, Call]:
+    """Every product that is measured."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(WIDTH, WIDTH, generator=generator, device="cpu") / math.sqrt(WIDTH)
+    calls: dict[Cell, Call] = {}
+    products = [*floats("fp32", weight), *floats("bf16", weight.bfloat16()), *integers(weight)]
+    for dtype, library, multiply in products:
+        for rows in ROWS:
+            x = torch.randn(rows, WIDTH, generator=generator, device="cpu")
+            if dtype == "bf16":
+                x = x.bfloat16()
+            # A function of its own, because a lambda would see the last x of the loop.
+            calls[dtype, library, rows] = bound(multiply, x)
+    return calls
+
+
+def bound(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    """The call that multiplies `x`."""
+    return lambda: multiply(x)
+
+
+Product = tuple[str, str, Callable[[Tensor], Tensor]]
+"""dtype, library, and the product of (rows, WIDTH)."""
+
+
+def floats(dtype: str, weight: Tensor) -> Iterator[Product]:
+    """The products of a floating-point dtype."""
+    weights = itertools.cycle([weight.clone() for _ in range(MATRICES)])
+    yield dtype, "torch", lambda x: F.linear(x, next(weights))
+    if has_onednn():
+        yield dtype, "onednn", lambda x: onednn_product(x, next(weights), None)
+
+
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's product for plain weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) by weight (N, K) of the same dtype, plus bias -> (..., N), computed by oneDNN."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def integers(weight: Tensor) -> Iterator[Product]:
+    """The products of int8 weights with activations that are rounded to int8 on the way."""
+    scale = weight.abs().amax(1) / 127
+    q = (weight / scale[:, None]).round().to(torch.int8)
+    rows_first = itertools.cycle([q.clone() for _ in range(MATRICES)])
+
+    def by_torch(x: Tensor) -> Tensor:
+        step = x.abs().amax(1, keepdim=True) / 127
+        rounded = (x / step).round_().to(torch.int8)
+        return torch._int_mm(rounded, next(rows_first).t()).float().mul_(scale * step)
+
+    yield "int8", "torch", by_torch
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return
+    packed = itertools.cycle(
+        [torch.ops.onednn.qlinear_prepack(q, None) for _ in range(MATRICES)]  # a copy each
+    )
+    zeros = torch.zeros(WIDTH, dtype=torch.int64)
+    after: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
+
+    def by_onednn(x: Tensor) -> Tensor:
+        low = min(x.min().item(), 0.0)
+        step = (max(x.max().item(), 0.0) - low) / 255
+        zero = round(-low / step)
+        # Unsigned: signed activations would select oneDNN's reference kernel.
+        rounded = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rounded, step, zero, next(packed), scale, zeros, *after
+        )
+        return y
+
+    yield "int8", "onednn", by_onednn
