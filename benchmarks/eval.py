@@ -4,12 +4,15 @@
     python benchmarks/eval.py --quick    # a tiny model, to see that it runs
 
 Weights are random and the same for both; the task files and their data are made up, see
-eval_tasks.py. Three things are measured, all in float32 with the same batch and threads:
+eval_tasks.py. Four things are measured, all in float32 with the same batch and threads:
 
 parity      every metric and error of every task: ours, hf, difference.
 throughput  requests a second of each kind of task and over all: the time of the model's answers to
             all requests, their tokens included, without the data and the metrics. Both take their
             turn in each round; nothing is kept from one round to the next.
+server      the same for requests of log-likelihood, the harness asking `castalia serve` (without
+            options, in a process of its own) as docs/inference.md says: `local-completions`, one
+            request of a batch at a time, with the server's tokenizer.
 sweep       all checkpoints of a smaller model on some of the tasks, wall time of whole processes:
             `castalia eval RUN --steps all` once; `lm_eval --model hf` once for each checkpoint, as
             people run it; and `hf` for all checkpoints in one process whose tasks are loaded once.
@@ -32,7 +35,8 @@ from typing import Any, NamedTuple
 
 import torch
 from eval_tasks import KINDS, write_tasks
-from machine import describe, in_turn, ratio, seconds, summary
+from machine import describe, in_turn, instructions, ratio, seconds, summary
+from serving import start
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -58,7 +62,7 @@ SHAPES = {
 }
 """70m and 14m are Pythia's: Biderman et al. 2023, arXiv:2304.01373, table 1, and the models'
 pages."""
-GOALS = {"throughput": 1.5, "sweep": 3.0}
+GOALS = {"throughput": 1.5, "server": 1.0, "sweep": 3.0}
 """Wanted ratios to `hf`."""
 
 
@@ -202,18 +206,23 @@ def measure_throughput(
             "ratio": ratio(times["hf"], times["castalia"]),
         }
         show_throughput(part.name, record[part.name])
+    record["all"] = all_together(record)
+    show_throughput("all", record["all"])
+    return record
+
+
+def all_together(record: dict[str, Any]) -> dict[str, Any]:
+    """The sums over all kinds of tasks."""
     together: dict[str, list[float]] = {}
     for name in ("castalia", "hf"):
         by_round = zip(*(row["rounds"][name] for row in record.values()), strict=True)
         together[name] = [sum(each) for each in by_round]
-    record["all"] = {
+    return {
         "requests": sum(row["requests"] for row in record.values()),
         "rounds": together,
         "seconds": {name: summary(values) for name, values in together.items()},
         "ratio": ratio(together["hf"], together["castalia"]),
     }
-    show_throughput("all", record["all"])
-    return record
 
 
 def show_throughput(name: str, row: dict[str, Any]) -> None:
@@ -225,6 +234,55 @@ def show_throughput(name: str, row: dict[str, Any]) -> None:
         f" {rates[1]:>8.1f}/s   ratio {row['ratio']['median']:.2f} ({spread})",
         flush=True,
     )
+
+
+def measure_server(
+    run_folder: Path, theirs: Any, tasks: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds of the harness over the server and of `hf`, for tasks of log-likelihood."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    server = start(str(run_folder), argparse.Namespace(dtype="default", slots=16), options.port)
+    address = f"http://127.0.0.1:{options.port}/v1/completions"
+    record: dict[str, Any] = {}
+    try:
+        for part in tasks.parts:
+            (task,) = part.tasks.values()
+            requests = list(task.instances)
+            if requests[0].request_type != "loglikelihood":
+                continue
+
+            def of_server(requests: list[Any] = requests) -> float:
+                # A new model of the harness, which remembers nothing.
+                with silent():
+                    model = LocalCompletionsAPI(
+                        base_url=address,
+                        model=run_folder.name,
+                        tokenizer_backend="remote",
+                        tokenized_requests=True,
+                        max_length=SHAPES[options.shape].length,
+                        batch_size=options.batch,
+                    )
+                    return seconds(lambda: model.loglikelihood(requests, disable_tqdm=True))
+
+            def of_hf(requests: list[Any] = requests) -> float:
+                with silent():
+                    return seconds(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
+
+            times = in_turn({"castalia": of_server, "hf": of_hf}, options.rounds)
+            record[part.name] = {
+                "requests": len(requests),
+                "rounds": times,
+                "seconds": {name: summary(values) for name, values in times.items()},
+                "ratio": ratio(times["hf"], times["castalia"]),
+            }
+            show_throughput(part.name, record[part.name])
+    finally:
+        server.terminate()
+        server.wait()
+    record["all"] = all_together(record)
+    show_throughput("all", record["all"])
+    return record
 
 
 def run(command: list[str], folder: Path) -> float:
@@ -294,7 +352,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and few requests")
-    parser.add_argument("--parts", default="parity,throughput,sweep")
+    parser.add_argument("--parts", default="parity,throughput,server,sweep")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of tasks, without the sweep")
     parser.add_argument("--shape", choices=SHAPES, default="70m")
     parser.add_argument("--sweep-shape", choices=SHAPES, default="14m")
@@ -306,6 +364,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--port", type=int, default=8767)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", default=str(RESULTS / "eval.json"))
     parser.add_argument("--one-process", nargs="+", help=argparse.SUPPRESS)
@@ -340,9 +399,10 @@ def main() -> None:
     chosen = {key: value for key, value in vars(options).items() if value is not None}
     del chosen["output"]
     record: dict[str, Any] = {"machine": describe(), "options": chosen, "tokenizer": tokenizer}
+    record["instructions"] = instructions()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if "parity" in parts or "throughput" in parts:
+        if {"parity", "throughput", "server"} & set(parts):
             names = write_tasks(folder / "tasks", options.documents, options.kinds.split(","))
             (export,) = write_run(folder / "run", SHAPES[options.shape], [1], text)
             tasks = open_tasks(names, include=[str(folder / "tasks")])
@@ -355,6 +415,9 @@ def main() -> None:
         if "throughput" in parts:
             record["throughput"] = measure_throughput(ours, theirs, tasks, options)
             reached(record["throughput"]["all"]["ratio"]["median"], "throughput")
+        if "server" in parts:
+            record["server"] = measure_server(folder / "run", theirs, tasks, options)
+            reached(record["server"]["all"]["ratio"]["median"], "server")
         if "sweep" in parts:
             write_tasks(folder / "swept", options.sweep_documents, SWEPT)
             steps = list(range(1, options.checkpoints + 1))

@@ -143,7 +143,7 @@ class Castalia(Side):
 
     def stamps(self, prompt: list[int], new: int) -> list[float]:
         """As `LanguageModel.complete`, which joins what this takes token by token."""
-        from castalia.inference.batching import decode_texts
+        from castalia.inference.continuing import decode_texts
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
         from castalia.inference.torch_engine import TorchEngine

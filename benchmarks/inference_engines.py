@@ -146,7 +146,7 @@ class Ours:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
-        from castalia.inference.batching import decode_texts
+        from castalia.inference.continuing import decode_texts
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
         from castalia.tokenizers.special_ids import SpecialIds

@@ -36,6 +36,15 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def instructions() -> dict[str, Any]:
+    """Level and instructions that kernels may use here, after the caps; printed beside numbers."""
+    from castalia.machine import this_machine
+
+    here = this_machine()
+    print(f"{here.processor}, {here.level}: {', '.join(here.instructions)}", flush=True)
+    return {"level": here.level, "instructions": here.instructions, "caps": dict(here.caps)}
+
+
 def matrix_rate(
     dtype: torch.dtype, device: str = "cpu", size: int | None = None, rounds: int = 9
 ) -> float:

@@ -2,10 +2,17 @@
 
     python benchmarks/serving.py        # Pythia-70M's shape, random weights; on an idle machine
     python benchmarks/serving.py --checkpoint runs/demo --rounds 1 --new 8
+    python benchmarks/serving.py --parts prefixes --quick    # a tiny model, to see that it runs
 
-`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn.
-Each client requests a stream of 64 tokens after a prompt of 32. Time to the first token starts with
-the request, so it includes the queue.
+`castalia serve` runs in a process of its own. Three things are measured:
+
+clients     in each round, 1, 8 and 64 clients take their turn. Each client requests a stream of 64
+            tokens after a prompt of 32. Time to the first token starts with the request, so it
+            includes the queue.
+leavers     memory, files and time after a thousand clients that disconnect.
+prefixes    seconds until four prompts of 290 tokens are read and have their first token, on the
+            engines native and torch in fp32: all new; one of which shares 200 tokens with a slot;
+            and the next turn of a chat, 30 tokens behind a prompt of 290, alone.
 """
 
 import argparse
@@ -22,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import describe, summary
+from machine import describe, instructions, summary
 
 CLIENTS = (1, 8, 64)
 RESULTS = Path(__file__).parent / "results" / "serving.json"
@@ -35,6 +42,14 @@ SHAPE = {
 """Pythia-70M, arXiv:2304.01373, table 1."""
 LEAVERS = 1000
 """Clients that disconnect early."""
+TINY = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+PROMPT = 290
+"""Tokens of a prompt in the cases of shared prefixes."""
+SHARED = 200
+"""Tokens that one of four prompts shares with a slot."""
+TURN = 30
+"""Tokens of a chat's next turn."""
+ENGINES = ("native", "torch")
 
 
 def write_model(folder: Path, shape: dict[str, int] = SHAPE) -> Path:
@@ -152,21 +167,37 @@ def get(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
+def post(port: int, body: dict[str, Any]) -> float:
+    """Seconds until a request without a stream is answered."""
+    import urllib.request
+
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    began = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        answer.read()
+    return time.perf_counter() - began
+
+
 def start(
-    model: str, options: argparse.Namespace, port: int, queue: int = 2000
+    model: str,
+    options: argparse.Namespace,
+    port: int,
+    queue: int = 2000,
+    engine: tuple[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start the server in a process of its own, and wait until it answers."""
-    command = [
-        sys.executable,
-        "-m",
-        "castalia",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--dtype",
-        options.dtype,
-    ]
+    """Start the server in a process of its own, and wait until it answers.
+
+    engine  name and dtype; None takes the dtype of the options, of which `default` is none.
+    """
+    command = [sys.executable, "-m", "castalia", "serve", model, "--port", str(port)]
+    if engine is not None:
+        command += ["--engine", engine[0], "--dtype", engine[1]]
+    elif options.dtype != "default":
+        command += ["--dtype", options.dtype]
     command += ["--slots", str(options.slots), "--queue", str(queue)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(600):
@@ -225,6 +256,51 @@ def measure_leavers(port: int, server: subprocess.Popen[bytes], new: int) -> dic
     }
 
 
+def prefixes_of(port: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case of shared prefixes in every round."""
+    draw = random.Random(7)
+
+    def ids(count: int) -> list[int]:
+        return draw.choices(range(1, 250), k=count)
+
+    def first_tokens(prompts: list[list[int]]) -> float:
+        return post(port, {"prompt": prompts, "max_tokens": 1, "temperature": 0})
+
+    times: dict[str, list[float]] = {"fresh": [], "shared": [], "turn": []}
+    # The first round is not counted: it compiles and tunes kernels.
+    for turn in range(rounds + 1):
+        kept = ids(PROMPT)
+        first_tokens([kept])
+        round_times = {
+            "fresh": first_tokens([ids(PROMPT) for _ in range(4)]),
+            "shared": first_tokens(
+                [*(ids(PROMPT) for _ in range(3)), [*kept[:SHARED], *ids(PROMPT - SHARED)]]
+            ),
+            "turn": first_tokens([[*kept, *ids(TURN)]]),
+        }
+        if turn:
+            for name, value in round_times.items():
+                times[name].append(value)
+    return times
+
+
+def measure_prefixes(model: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The cases of shared prefixes on each engine."""
+    table: dict[str, Any] = {}
+    for engine in ENGINES:
+        server = start(model, options, options.port, engine=(engine, "fp32"))
+        try:
+            times = prefixes_of(options.port, options.rounds)
+        finally:
+            server.terminate()
+            server.wait()
+        table[engine] = {name: summary(values) for name, values in times.items()}
+        cells = [f"{name} {row['median']:.3f} s" for name, row in table[engine].items()]
+        ratio = table[engine]["shared"]["median"] / table[engine]["fresh"]["median"]
+        print(f"{engine:<7} {', '.join(cells)}; shared / fresh {ratio:.2f}", flush=True)
+    return table
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -233,28 +309,56 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", help="model to serve; by default random weights of Pythia-70M's shape"
     )
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--parts", default="clients,leavers,prefixes")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few streams")
+    parser.add_argument(
+        "--dtype", default="auto", help="`default` gives the server no dtype: native fp32"
+    )
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds = 1
+        options.new = 4
+    return options
 
 
 def main() -> None:
     """Measure, print, write JSON."""
     options = parse()
-    machine = describe()
+    parts = options.parts.split(",")
+    record: dict[str, Any] = {
+        "machine": describe(),
+        "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens",
+    }
+    record |= {name: getattr(options, name) for name in ("dtype", "slots", "rounds", "new")}
+    record["instructions"] = instructions()
     with tempfile.TemporaryDirectory() as folder:
-        model = options.checkpoint or str(write_model(Path(folder)))
-        server = start(model, options, options.port)
-        try:
-            table = measure(options.port, options)
-            leavers = measure_leavers(options.port, server, options.new)
-        finally:
-            server.terminate()
-            server.wait()
+        shape = SHAPE | TINY if options.quick else SHAPE
+        model = options.checkpoint or str(write_model(Path(folder), shape))
+        if "clients" in parts or "leavers" in parts:
+            server = start(model, options, options.port)
+            try:
+                if "clients" in parts:
+                    record["clients"] = measure(options.port, options)
+                    show_clients(record["clients"])
+                if "leavers" in parts:
+                    record["leavers"] = measure_leavers(options.port, server, options.new)
+                    print(f"{LEAVERS} disconnects: {record['leavers']}")
+            finally:
+                server.terminate()
+                server.wait()
+        if "prefixes" in parts:
+            record["prefixes"] = measure_prefixes(model, options)
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def show_clients(table: dict[str, Any]) -> None:
+    """One line for each number of clients."""
     one = table["1"]["tokens_per_second"]["median"]
     for clients, row in table.items():
         speed = row["tokens_per_second"]["median"]
@@ -264,16 +368,6 @@ def main() -> None:
             f" p99 {row['first_token_p99'] * 1e3:.0f} ms"
             f"  whole p50 {row['whole_p50']:.2f} s, p99 {row['whole_p99']:.2f} s"
         )
-    print(f"{LEAVERS} disconnects: {leavers}")
-    record = {
-        "machine": machine,
-        "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens",
-    }
-    record |= {name: getattr(options, name) for name in ("dtype", "slots", "rounds", "new")}
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(
-        json.dumps(record | {"clients": table, "leavers": leavers}, indent=1) + "\n"
-    )
 
 
 if __name__ == "__main__":

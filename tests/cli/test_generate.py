@@ -83,6 +83,20 @@ def test_one_prompt_prints_the_continuation(castalia, run: Path) -> None:
     assert answer.code == 0 and answer.out == load(run).generate("def", 9) + "\n"
 
 
+def test_a_faster_dtype_is_said_once_beside_the_text(
+    castalia, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "castalia.inference.default_engine.quicker",
+        lambda model, rows: asked.append((model.engine.name, rows)) or "it is faster",
+    )
+    words = ("generate", run, "--prompt", "def", "--prompt", "The", "--max-new-tokens", 3)
+    answer = castalia(*words, "--engine", "torch", "--json")
+    assert answer.err.count("castalia: it is faster") == 1 and "faster" not in answer.out
+    assert asked == [("torch", 1)]
+
+
 def test_several_prompts_are_shown_with_their_texts(castalia, run: Path) -> None:
     answer = castalia(
         "generate", run / "step7", "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5

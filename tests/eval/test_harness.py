@@ -165,7 +165,7 @@ def test_a_task_set_is_built_once_for_all_checkpoints(
         assert again[key].value == pytest.approx(value, rel=1e-6), key
         assert again[key].stderr == (stderr and pytest.approx(stderr, rel=1e-6)), key
     assert again.samples == {} and again.json["results"].keys() == done.json["results"].keys()
-    start = load(run_folder / "step0")
+    start = load(run_folder / "step0", engine="torch")
     later = evaluate(start, tasks, bootstrap=0)
     monkeypatch.undo()
     fresh = evaluate(start, open_tasks(ALL, include=[str(task_folder)]), bootstrap=0)

@@ -101,7 +101,8 @@ def test_a_group_that_was_stopped_goes_on_after_its_last_task(
     assert said[0] == "1 of 3 results are in the table already; 2 to measure"
     assert evaluated == ["choices_local", "pairs_local", "pairs_local"]
     # The group's numbers are the harness's own, of all its tasks at once.
-    whole = evaluate(load(run), open_tasks("local_group", include=[str(task_folder)], limit=5))
+    tasks = open_tasks("local_group", include=[str(task_folder)], limit=5)
+    whole = evaluate(load(run, engine="torch"), tasks)
     columns = ("value", "stderr", "documents", "shots", "higher_is_better", "task_hash")
     expected = {
         (number.task, number.metric): [getattr(number, name) for name in columns]
@@ -132,7 +133,7 @@ def test_a_group_that_was_stopped_goes_on_after_its_last_task(
 
 def test_held_out_text_is_the_library_s_own_measure(run: Path):
     (outcome,), _ = swept(run, steps="4", asked=WorkOptions(tasks=("bits_per_byte",)))
-    model = load(run)
+    model = load(run, engine="torch")
     sources = {
         source.name: HeldOut(source.prefix, document_bytes(source.prefix, model.tokenizer))
         for source in sources_of(run, {}, Windows())

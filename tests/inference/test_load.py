@@ -11,7 +11,7 @@ from castalia.core.errors import CheckpointError, ConfigError
 
 
 def test_a_run_folder_means_its_newest_step(run_folder: Path) -> None:
-    model = castalia.load(run_folder)
+    model = castalia.load(run_folder, engine="torch")
     assert model.step == 220
     assert model.tokenizer is not None and model.tokenizer.kind == "bytes"
     assert not model.model.training and not any(p.requires_grad for p in model.model.parameters())
@@ -31,7 +31,7 @@ def test_a_missing_step_lists_those_there_are(run_folder: Path) -> None:
 def test_bf16_speaks_nearly_the_same(
     run_folder: Path, speaker: castalia.inference.LanguageModel
 ) -> None:
-    half = castalia.load(run_folder, dtype="bf16", device="cpu")
+    half = castalia.load(run_folder, engine="torch", dtype="bf16", device="cpu")
     assert half.model.head_weight.dtype == torch.bfloat16
     ids = speaker.tokenizer.encode("The naïve café owner")
     assert (half.logprobs(ids) - speaker.logprobs(ids)).abs().max() < 0.5

@@ -257,7 +257,7 @@ def test_what_the_step_does_not_know_is_one_sentence(run_folder: Path) -> None:
     sparse = config_of("mistral").model_copy(update={"attention_config": ("sliding", "local")})
     assert refuses(sparse) == "engine=native does not implement attention_config='local'"
     with pytest.raises(ConfigError, match="engine=torch has no choice of caches; omit cache=int8"):
-        castalia.load(run_folder, cache="int8")
+        castalia.load(run_folder, engine="torch", cache="int8")
     with pytest.raises(ConfigError, match="unknown cache 'int4' for engine=native; choose one of"):
         castalia.load(run_folder, engine="native", cache="int4")
     narrow = config_of("llama").model_copy(update={"attention_head_dim": 18, "rope_scaling": None})

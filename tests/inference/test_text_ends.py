@@ -202,7 +202,8 @@ def test_a_run_keeps_the_end_of_its_tokenizer(
     )
     files = checkpoint_files(config)
     assert files["config.yaml"] == dump_yaml(config)
-    tensors = {f"model.{name}": value for name, value in load(folder).model.state_dict().items()}
+    weights = load(folder, engine="torch").model.state_dict()
+    tensors = {f"model.{name}": value for name, value in weights.items()}
     Store(tmp_path / "run" / "checkpoints").save(1, tensors, {"step": 1}, files, asynchronous=False)
     model = load(tmp_path / "run")
     assert model.end_ids == (END_OF_TURN,) and said(model) == (STOPPED, "eod")

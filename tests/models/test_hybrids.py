@@ -11,7 +11,7 @@ from torch import Tensor
 from castalia.adapters import ADAPTERS, adapt, adapter_of, build_adapter_config
 from castalia.adapters.adapting import start_over
 from castalia.distributed import initialize
-from castalia.inference.torch_engine import UnpaddedSlots
+from castalia.inference.torch_slots import UnpaddedSlots
 from castalia.models import (
     FAMILIES,
     Decoder,
@@ -182,7 +182,7 @@ def test_rows_of_a_state_are_taken_put_back_and_copied() -> None:
     with torch.inference_mode():
         expected = model(TOKENS)
         state = model.new_state(3, 11)
-        first = state.take_rows([2, 0], [0, 0])
+        first = state.take_rows([2, 0], [0, 0], 12)
         model(TOKENS[:, :5], state=first)
         state.write_rows([2, 0], first)
         state.count([5, 0, 5])

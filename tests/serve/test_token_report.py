@@ -17,7 +17,8 @@ from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 pytest.importorskip("fastapi")
 from castalia.serve.answers import chat_logprobs, completion_logprobs
-from castalia.serve.scheduler import ScoredToken, ServedText
+from castalia.serve.scheduler import ServedText
+from castalia.serve.scored_tokens import ScoredToken
 from castalia.serve.token_report import ReportedToken, TokenReport
 
 PROMPT = "The naïve café 🍵"

@@ -149,7 +149,7 @@ def test_the_numbers_are_those_of_the_saved_checkpoint(whole, task_folder):
     """Rows agree in every column of the KEY: a later sweep finds the checkpoint evaluated."""
     output, _ = whole
     path = f"{output}/step4"
-    model = castalia.load(path)
+    model = castalia.load(path, engine="torch")
     labels = labels_of(path, model)
     place = Checkpoint(path, labels.suite, labels.model, 4, output, ())
     names = (*(str(task_folder / f"{name}.yaml") for name in CHOSEN), "bits_per_byte")

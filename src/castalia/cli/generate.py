@@ -146,6 +146,7 @@ def generate(
     texts = prompts.gather()
     engine: dict[str, Any] = asdict(running) | {"device": device}
     model = load(checkpoint, **engine, adapter=adapter)
+    say_quicker(model)
     options = sampling.options(model) | search.options()
     if draft == "lookup":
         options["draft"] = draft
@@ -163,6 +164,14 @@ def generate(
         print_records(model, texts, options, sampling.seed)
     else:
         print_texts(model, texts, options, sampling.seed)
+
+
+def say_quicker(model: "LanguageModel") -> None:
+    """Say beside the text if another dtype would be much faster."""
+    from castalia.inference.default_engine import quicker
+
+    if sentence := quicker(model, rows=1):
+        print(f"castalia: {sentence}", file=sys.stderr)
 
 
 def seed_of(seed: int | None, number: int) -> int | None:

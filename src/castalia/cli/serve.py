@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LISTEN = panel("Address")
 LIMITS = panel("Limits")
+SERVED_ROWS = 8
+"""Texts at a time for which the speeds of dtypes are compared."""
 HERE = ("127.0.0.1", "localhost", "::1")
 """Hosts that other machines cannot reach."""
 
@@ -149,6 +151,7 @@ def serve(
     # Before the server's modules, which import them: a missing extra is one sentence.
     require("uvicorn", "serve", "castalia serve")
     require("fastapi", "serve", "castalia serve")
+    from castalia.inference.default_engine import quicker
     from castalia.serve.app import make_app
     from castalia.serve.connections import BoundedServer, ConnectionTable
     from castalia.serve.hosts import AllowedHosts
@@ -166,6 +169,8 @@ def serve(
         hosts=AllowedHosts([listen.host, *(listen.allowed_host or [])]),
         connections=table,
     )
+    if sentence := quicker(pool.get(None).model, rows=SERVED_ROWS):
+        typer.echo(f"castalia: {sentence}", err=True)
     run(BoundedServer(app, table, grace=limits.grace), list(pool.locations), listen)
 
 

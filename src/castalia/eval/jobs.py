@@ -16,7 +16,8 @@ from castalia.eval.labels import REFERENCE, USUAL, Arithmetic, labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import ALONE, Share
 from castalia.eval.work import Measured, Work, WorkOptions, open_work
-from castalia.inference import LanguageModel, load
+from castalia.inference import LanguageModel
+from castalia.inference.loading import load_exact
 from castalia.results import Result, ResultsStore
 from castalia.results.schema import Labels
 
@@ -118,7 +119,7 @@ def loaded(job: Job, share: Share) -> tuple[LanguageModel, Labels]:
     checkpoint = job.checkpoint
     reason: CastaliaError | None = None
     try:
-        model = load(checkpoint.path, **job.how._asdict())
+        model = load_exact(checkpoint.path, **job.how._asdict())
         labels = labels_of(checkpoint.path, model)
     except CastaliaError as error:
         reason = error

@@ -57,7 +57,7 @@ def reference_losses(
     Raises      DataError if a source is too short for a row, or has a token id outside the model's
                 vocabulary.
     """
-    model = load(checkpoint).model
+    model = load(checkpoint, engine="torch").model
     names = source_names(list(prefixes))
     config = DataConfig(seq_length=seq_length, train=list(prefixes))
     datasets = [IndexedDataset(prefix) for prefix in prefixes]

@@ -20,7 +20,7 @@ from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
 from castalia.eval.held_out import Windows, rows_of, source_at
 from castalia.eval.labels import Arithmetic, ahead, labels_ahead
 from castalia.eval.single_models import hash_of
-from castalia.inference import load
+from castalia.inference.loading import load_exact
 from castalia.results import EVALS, ResultsStore, is_installed
 
 EXACT = ("torch", None)
@@ -127,7 +127,8 @@ def measure(
     run: Path, step: int, sources: Mapping[str, HeldOut], options: SweepOptions
 ) -> dict[str, dict[str, float]]:
     """One checkpoint's numbers by source."""
-    loaded = load(find_checkpoint(run / str(step)), engine=options.engine, dtype=options.dtype)
+    path = find_checkpoint(run / str(step))
+    loaded = load_exact(path, engine=options.engine, dtype=options.dtype)
     model = loaded.model if options.engine == "torch" else loaded.engine
     # As in training: weights stay in float32, matrix products run in bfloat16.
     with torch.autocast(loaded.engine.device.type, torch.bfloat16, enabled=options.bf16):

@@ -5,14 +5,15 @@ state. How much of it can be used depends on `Slots.rewinds`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from castalia.inference.beams import BeamSearch, Search
-from castalia.inference.decoding import Completion, Continuation
+from castalia.inference.beams import BeamSearch
+from castalia.inference.decoding import Continuation
 from castalia.inference.engine import Engine
+from castalia.inference.prompt_scoring import score_prompts
 from castalia.inference.sampling import Sampling, next_tokens
 from castalia.inference.steering import Steering, steering_of
 from castalia.inference.text import shared
@@ -30,6 +31,11 @@ class Admission:
     generator: torch.Generator
     watch: Callable[[torch.Tensor, int], None] | None = None
     """Called with the logits (V,), padding included, and the token drawn from them."""
+    score: Callable[[torch.Tensor, int], None] | None = None
+    """Called, part by part, with the logits (n, V) after n tokens of the prompt, and the place of
+    the first of them; only where the slots have `scores_prompts`."""
+    continues: bool = True
+    """False ends the text behind its prompt."""
     token: int = -1
     """The last token drawn, which the engine has not read yet."""
     steering: Steering | None = field(init=False)
@@ -76,9 +82,78 @@ class Batcher:
 
         There are at most `free` of them. A text that ends with its first token leaves its slot.
         """
-        slots, logits = self.read([new.text.ids for new in news])
-        self.running.update(zip(slots, news, strict=True))
-        return self.draw(slots, logits)
+        scored = [new for new in news if new.score is not None]
+        plain = [new for new in news if new.score is None]
+        slots: list[int] = []
+        parts = []
+        for some, read in ((scored, self.read_scored), (plain, self.read_texts)):
+            if not some:
+                continue
+            try:
+                own, logits = read(some)
+            except BaseException:
+                self.taken.difference_update(slots)
+                raise
+            slots += own
+            parts.append(logits)
+        rows = {id(new): row for row, new in enumerate([*scored, *plain])}
+        logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        going = [new for new in news if new.continues]
+        for new in news:
+            if not new.continues:
+                new.text.finish_reason = "length"
+                self.taken.remove(slots[rows[id(new)]])
+        places = [rows[id(new)] for new in going]
+        if places != list(range(len(news))):
+            logits = logits[places]
+        drawn = [slots[row] for row in places]
+        self.running.update(zip(drawn, going, strict=True))
+        found = self.draw(drawn, logits) if going else []
+        pieces = dict(zip(map(id, going), found, strict=True))
+        return [pieces.get(id(new), "") for new in news]
+
+    def read_texts(self, news: Sequence[Admission]) -> tuple[list[int], torch.Tensor]:
+        """The prompts of texts; see `read`."""
+        return self.read([new.text.ids for new in news])
+
+    def read_scored(self, news: Sequence[Admission]) -> tuple[list[int], torch.Tensor]:
+        """Read the prompts of texts whose tokens are scored, whole and once; as `read`."""
+        alike: dict[tuple[int, ...], list[Admission]] = {}
+        for new in news:
+            alike.setdefault(tuple(new.text.ids), []).append(new)
+        prompts = list(alike)
+        slots = self.oldest_free()[: len(news)]
+        readers = slots[: len(prompts)]
+        self.clock += 1
+        for slot in slots:
+            self.taken.add(slot)
+            self.kept[slot] = Kept([], self.clock)
+        for slot in readers:
+            self.slots.clear(slot)
+        texts = list(alike.values())
+
+        def hear(row: int, logits: torch.Tensor, start: int) -> None:
+            for one in texts[row]:
+                assert one.score is not None
+                one.score(logits, start)
+
+        try:
+            ends = score_prompts(self.slots, readers, prompts, hear)
+        except BaseException:
+            self.taken.difference_update(slots)
+            raise
+        rows = [prompts.index(tuple(new.text.ids)) for new in news]
+        # Each prompt's own slot goes to the first text that has it.
+        others = iter(slots[len(prompts) :])
+        own: list[int] = []
+        for row, ids in zip(rows, (new.text.ids for new in news), strict=True):
+            slot = readers[row]
+            if slot in own:
+                slot = next(others)
+                self.slots.copy(readers[row], slot, len(ids))
+            own.append(slot)
+            self.kept[slot].tokens = list(ids)
+        return own, torch.stack(ends)[rows]
 
     def admit_searches(self, news: Sequence[BeamSearch]) -> None:
         """Read the prompts of new searches in one step; there are slots free for all beams."""
@@ -271,51 +346,8 @@ def draw_tokens(logits: torch.Tensor, running: Sequence[Admission]) -> list[int]
     ]
 
 
-def decode_texts(
-    engine: Engine, texts: Sequence[Continuation], sampling: Sampling
-) -> Iterator[list[str]]:
-    """Continue all texts to their ends; yields the new piece of each after every token.
-
-    The piece of a finished text is empty.
-    Raises  the error of a text whose steering fails.
-    """
-    batcher = Batcher(engine, len(texts), max(len(text.ids) + text.budget for text in texts))
-    generators = sampling.generators(len(texts), engine.device)
-    news = []
-    for text, generator in zip(texts, generators, strict=True):
-        news.append(Admission(text, sampling, generator))
-    # The batcher gives out its slots in order, so text i is in slot i.
-    first = batcher.admit(news)
-    raise_first(news)
-    yield first
-    while batcher.running:
-        pieces = batcher.step()
-        raise_first(news)
-        yield [pieces.get(slot, "") for slot in range(len(texts))]
-
-
 def raise_first(admissions: Sequence[Admission]) -> None:
     """Raise the error of the first text that has one."""
     for one in admissions:
         if one.error is not None:
             raise one.error
-
-
-def search_texts(
-    engine: Engine, texts: Sequence[Continuation], sampling: Sampling, search: Search
-) -> list[Completion]:
-    """The best texts of each prompt by a beam search; those of a prompt follow one another.
-
-    Raises  the error of the first search that fails.
-    """
-    length = max(len(text.ids) + text.budget for text in texts)
-    batcher = Batcher(engine, len(texts) * search.num_beams, length)
-    generators = sampling.generators(len(texts), engine.device)
-    searches = [
-        BeamSearch(text, sampling, search, generator)
-        for text, generator in zip(texts, generators, strict=True)
-    ]
-    batcher.admit_searches(searches)
-    while batcher.searches:
-        batcher.step()
-    return [completion for one in searches for completion in one.completions()]

@@ -39,6 +39,8 @@ class Slots(ABC):
     state of a recurrent block cannot, because every token overwrites it. Prefix reuse and
     speculative decoding ask this.
     """
+    scores_prompts: bool = False
+    """Whether `feed_from` reads many tokens in few passes, as `feed` does."""
 
     def __init__(self, count: int, length: int) -> None:
         self.count = count
@@ -69,8 +71,8 @@ class Slots(ABC):
         for slot, ids, first in zip(slots, tokens, firsts, strict=True):
             if first:
                 self.feed([slot], [ids[:first]])
-            if first < len(ids):
-                yield self.feed_all(slot, ids[first:])
+            for start in range(first, len(ids), HEAD_ROWS):
+                yield self.feed_all(slot, ids[start : start + HEAD_ROWS])
 
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
-from castalia.inference.batching import decode_texts, search_texts
 from castalia.inference.beams import Search
+from castalia.inference.continuing import decode_texts, search_texts
 from castalia.inference.decoding import Completion, Continuation, Ending, begin
 from castalia.inference.engine import Engine
 from castalia.inference.grammar import Grammars
@@ -52,6 +52,8 @@ class LanguageModel:
         self.special = SpecialIds.of_tokenizer(tokenizer) if special is None else special
         self.quality: dict[str, Any] | None = None
         """For an export, the fields of `Quality`, if it was measured."""
+        self.by_default = False
+        """Whether `load` chose engine and dtype itself, in place of an option."""
 
     def __repr__(self) -> str:
         ids = f"{self.tokenizer.vocab_size:,} ids" if self.tokenizer else "no tokenizer"

@@ -9,6 +9,7 @@ from castalia.formats.export_record import hashed_beside
 from castalia.formats.folded import folded
 from castalia.formats.saved_model import SavedModel, open_adapted, open_model
 from castalia.inference.adapted_engine import prompted
+from castalia.inference.default_engine import native_numbers
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.exported import ExportFolder, open_export
@@ -41,11 +42,14 @@ def load(
             (`save` or its global_stepN) with its YAML files; a LLaMA folder of Meta's; a GGUF file
             of floats; a .pth file of RWKV; an export to native, ct2 or gguf.
     Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a
-            checkpoint it takes native for dtype=int8, int4 and auto, else torch.
+            checkpoint it takes native, whose text is torch's up to rounding, on a CPU where the
+            compiled step exists and computes the model, else torch.
             dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and
-            scores in bf16; for openvino fp32 and int8. The default is what an export stores, auto
-            for native, int8 for openvino, fp32 for torch.
-            device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one and engine=torch.
+            scores in bf16; for openvino fp32 and int8. The default is what an export stores, for
+            engine=auto what a checkpoint has (fp32 or bf16), auto for native, int8 for openvino,
+            fp32 for torch.
+            device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one, unless the engine is
+            another than torch.
             cache: dtype of keys and values, for native fp32 (the default), bf16 or int8 with a
             scale for each token and head.
             adapter: a run that trained one, or a folder of PEFT; it is merged into the weights.
@@ -61,12 +65,40 @@ def load(
         >>> run = castalia.train("debug", steps=4, output="runs/first")
         >>> model = castalia.load("runs/first")
         >>> model
-        LanguageModel(TorchEngine(neox, 891,648 parameters), step 4, 257 ids)
+        LanguageModel(NativeEngine(neox, 891,648 parameters), step 4, 257 ids)
         >>> text = model.generate("The ", max_new_tokens=8)
         >>> castalia.load("runs/first/step2").step
         2
     """
-    path = os.fspath(path)
+    return loaded(os.fspath(path), engine, dtype, device, cache, adapter, verify, quick=True)
+
+
+def load_exact(
+    path: str | os.PathLike[str],
+    *,
+    engine: str = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
+    cache: str | None = None,
+    verify: bool = True,
+) -> LanguageModel:
+    """As `load`, but engine=auto takes torch for a checkpoint in floats: for numbers that are
+    compared with those of training, of other checkpoints and of other programs."""
+    return loaded(os.fspath(path), engine, dtype, device, cache, None, verify, quick=False)
+
+
+def loaded(
+    path: str,
+    engine: str,
+    dtype: str | None,
+    device: str,
+    cache: str | None,
+    adapter: str | os.PathLike[str] | None,
+    verify: bool,
+    *,
+    quick: bool,
+) -> LanguageModel:
+    """See `load`; `quick` allows engine=auto to be native for a checkpoint in floats."""
     if engine != "auto" and engine not in ENGINES:
         menu = ["auto", *ENGINES]
         raise ConfigError(
@@ -81,7 +113,7 @@ def load(
         source = open_model(path, check=verify)
         if adapter is not None:
             source = open_adapted(source, os.fspath(adapter), check=verify)
-        return load_checkpoint(source, engine, dtype, device, cache)
+        return load_checkpoint(source, engine, dtype, device, cache, quick=quick)
 
 
 def require_no_adapter(export: ExportFolder, adapter: object) -> None:
@@ -134,10 +166,25 @@ def load_export(
 
 
 def load_checkpoint(
-    source: SavedModel, engine: str, dtype: str | None, device: str, cache: str | None
+    source: SavedModel,
+    engine: str,
+    dtype: str | None,
+    device: str,
+    cache: str | None,
+    *,
+    quick: bool = False,
 ) -> LanguageModel:
-    """A checkpoint on an engine; the engine is asked whether it can before a weight is read."""
+    """A checkpoint on an engine; the engine is asked whether it can before a weight is read.
+
+    quick  engine=auto may be native for a checkpoint in floats.
+    """
     chosen = engine_for(engine, dtype)
+    by_default = quick and engine == "auto" and dtype is None
+    if quick and engine == "auto" and chosen is TorchEngine:
+        numbers = native_numbers(source, dtype, device)
+        if numbers is not None:
+            chosen = NativeEngine
+            dtype = numbers
     if chosen is not TorchEngine:
         # The others know no factors by width.
         source = folded(source)
@@ -161,13 +208,18 @@ def load_checkpoint(
     if chosen.reads_checkpoints:
         dtype = checked_dtype(chosen, dtype)
     computing = prompted(chosen.from_checkpoint(source, dtype or "", device), source.prompt)
+    if by_default and isinstance(computing, NativeEngine):
+        # Activations stay in float32, as they do where torch computes a checkpoint in fp32.
+        computing.scoring = "fp32"
     if cache is not None:
         computing.use_cache(cache)
-    return LanguageModel(computing, source.tokenizer, source.step, source.special)
+    model = LanguageModel(computing, source.tokenizer, source.step, source.special)
+    model.by_default = by_default
+    return model
 
 
 def engine_for(engine: str, dtype: str | None) -> type[Engine]:
-    """The engine that `engine` means for a checkpoint."""
+    """The engine that `engine` means for a checkpoint where numbers must be torch's own."""
     if engine != "auto":
         return ENGINES[engine]
     return NativeEngine if dtype in NATIVE_DTYPES else TorchEngine

@@ -19,8 +19,8 @@ from castalia.inference.torch_engine import (
     head_in_parts,
     hidden_of,
     model_logprobs,
-    model_slots,
 )
+from castalia.inference.torch_slots import model_slots
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
 from castalia.native.cache import CACHES, require_cache, token_bytes
@@ -44,6 +44,8 @@ KINDS_OF_ATTENTION = ("global", "sliding")
 
 class NativeSlots(Slots):
     """Sequences in the compiled step's cache; the tokens of one pass may belong to any of them."""
+
+    scores_prompts = True
 
     def __init__(self, forward: FusedForward, count: int, length: int) -> None:
         super().__init__(count, length)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.inference.torch_engine import device_of, hidden_of, padded
+from castalia.inference.torch_engine import hidden_of
+from castalia.inference.torch_slots import device_of, padded
 from castalia.models import Decoder
 from castalia.models.model_config import ModelConfig
 

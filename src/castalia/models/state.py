@@ -28,8 +28,8 @@ class LayerState:
     has_rows = False
     """Whether rows can be copied, taken out and put back; a layer of another package may not."""
 
-    def first_rows(self, count: int) -> "LayerState":
-        """The first `count` rows, in the same memory; only where `rewinds`."""
+    def span_rows(self, begin: int, end: int) -> "LayerState":
+        """Rows begin..end - 1, in the same memory; only where `rewinds`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
@@ -46,8 +46,9 @@ class LayerState:
         """
         raise NotImplementedError(f"{type(self).__name__} has no rows to write")
 
-    def take_rows(self, rows: Sequence[int]) -> "LayerState":
-        """Copies of `rows`, with the same room for more tokens; only where `has_rows`."""
+    def take_rows(self, rows: Sequence[int], tokens: int, room: int) -> "LayerState":
+        """Copies of `rows`, which have at most `tokens` tokens, with room for `room`; only where
+        `has_rows`."""
         raise NotImplementedError(f"{type(self).__name__} has no rows to take")
 
 
@@ -89,12 +90,12 @@ class KVCache(LayerState):
             self.v[:, :, owner.longest : end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def first_rows(self, count: int) -> "KVCache":
+    def span_rows(self, begin: int, end: int) -> "KVCache":
         """See `LayerState`."""
-        first = copy(self)
-        first.k = self.k[:count]
-        first.v = self.v[:count]
-        return first
+        span = copy(self)
+        span.k = self.k[begin:end]
+        span.v = self.v[begin:end]
+        return span
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """See `LayerState`."""
@@ -107,11 +108,12 @@ class KVCache(LayerState):
         self.k[list(rows), :, :tokens] = other.k[:, :, :tokens]
         self.v[list(rows), :, :tokens] = other.v[:, :, :tokens]
 
-    def take_rows(self, rows: Sequence[int]) -> "KVCache":
+    def take_rows(self, rows: Sequence[int], tokens: int, room: int) -> "KVCache":
         """See `LayerState`."""
-        taken = copy(self)
-        taken.k = self.k[list(rows)]
-        taken.v = self.v[list(rows)]
+        _, heads, _, width = self.k.shape
+        taken = KVCache((len(rows), heads, room, width), self.k.dtype, self.k.device)
+        taken.k[:, :, :tokens] = self.k[list(rows), :, :tokens]
+        taken.v[:, :, :tokens] = self.v[list(rows), :, :tokens]
         return taken
 
 
@@ -141,11 +143,11 @@ class PositionCache(LayerState):
             self.kept[:, owner.longest : end] = new
         return self.kept[:, :end]
 
-    def first_rows(self, count: int) -> "PositionCache":
+    def span_rows(self, begin: int, end: int) -> "PositionCache":
         """See `LayerState`."""
-        first = copy(self)
-        first.kept = self.kept[:count]
-        return first
+        span = copy(self)
+        span.kept = self.kept[begin:end]
+        return span
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """See `LayerState`."""
@@ -156,10 +158,11 @@ class PositionCache(LayerState):
         assert isinstance(other, PositionCache)
         self.kept[list(rows), :tokens] = other.kept[:, :tokens]
 
-    def take_rows(self, rows: Sequence[int]) -> "PositionCache":
+    def take_rows(self, rows: Sequence[int], tokens: int, room: int) -> "PositionCache":
         """See `LayerState`."""
-        taken = copy(self)
-        taken.kept = self.kept[list(rows)]
+        shape = (len(rows), room, self.kept.shape[2])
+        taken = PositionCache(shape, self.kept.dtype, self.kept.device)
+        taken.kept[:, :tokens] = self.kept[list(rows), :tokens]
         return taken
 
 
@@ -185,7 +188,7 @@ class RecurrentState(LayerState):
         for name, kept in self.kept.items():
             kept[list(rows)] = other.kept[name].to(kept.dtype)
 
-    def take_rows(self, rows: Sequence[int]) -> "RecurrentState":
+    def take_rows(self, rows: Sequence[int], tokens: int, room: int) -> "RecurrentState":
         """See `LayerState`."""
         return RecurrentState(**{name: kept[list(rows)] for name, kept in self.kept.items()})
 
@@ -277,24 +280,26 @@ class ModelState:
         self.longest = max(lengths)
         self.ragged = min(lengths) < self.longest
 
-    def take_rows(self, rows: Sequence[int], lengths: Sequence[int]) -> "ModelState":
-        """Copies of `rows`, which have `lengths` tokens; only where `has_rows`."""
-        layers = [layer.take_rows(rows) for layer in self.layers]
-        taken = ModelState(layers, len(rows), self.max_length, self.lengths.device)
+    def take_rows(self, rows: Sequence[int], lengths: Sequence[int], more: int) -> "ModelState":
+        """Copies of `rows`, which have `lengths` tokens, with room for `more` in each; only where
+        `has_rows`."""
+        room = max(lengths) + more
+        layers = [layer.take_rows(rows, max(lengths), room) for layer in self.layers]
+        taken = ModelState(layers, len(rows), room, self.lengths.device)
         taken.count(lengths)
         return taken
 
-    def first_rows(self, count: int) -> "ModelState":
-        """A state of the first `count` rows, which shares their memory and counts its own lengths.
+    def span_rows(self, begin: int, end: int, lengths: Sequence[int]) -> "ModelState":
+        """Rows begin..end - 1 cut back to `lengths`, a state that shares their memory; only where
+        `rewinds`.
 
-        What it appends overwrites what this state has behind the same lengths.
+        What it appends overwrites what this state has behind the same lengths, and is not counted
+        here.
         """
-        layers = [layer.first_rows(count) for layer in self.layers]
-        first = ModelState(layers, count, self.max_length, self.lengths.device)
-        first.lengths = self.lengths[:count].clone()
-        first.longest = self.longest
-        first.ragged = self.ragged
-        return first
+        layers = [layer.span_rows(begin, end) for layer in self.layers]
+        span = ModelState(layers, end - begin, self.max_length, self.lengths.device)
+        span.count(lengths)
+        return span
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of row `origin` to row `target`; only where `has_rows`.

@@ -16,7 +16,8 @@ from castalia.serve.protocol import (
     LogprobsOut,
     Usage,
 )
-from castalia.serve.scheduler import ScoredToken, ServedText, StreamEvent
+from castalia.serve.scheduler import ServedText, StreamEvent
+from castalia.serve.scored_tokens import ScoredToken
 from castalia.serve.token_report import Candidate, ReportedToken, TokenReport, by_id
 
 # OpenAI knows two reasons. A text that fills the model's context ends by length as well.

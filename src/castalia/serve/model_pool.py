@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from castalia.checkpoint import complete_steps
-from castalia.checkpoint.hf import is_hf_folder
+from castalia.checkpoint.hf import DTYPES, is_hf_folder
 from castalia.checkpoint.manifest import MANIFEST
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest, quoted
@@ -75,6 +75,10 @@ class ModelPool:
                   CheckpointError if a path holds no model, or an adapter belongs to other weights.
         """
         self.options = options
+        self.engine = options.engine
+        if adapters and options.engine == "auto" and options.dtype in (None, *DTYPES):
+            # It has the weights of the base in memory once for all adapters.
+            self.engine = TorchEngine.name
         self.locations: dict[str, ModelLocation] = {}
         for path in paths:
             self.add(path)
@@ -223,7 +227,7 @@ class ModelPool:
             path = self.locations[location.base].path
         model = load(
             path,
-            engine=options.engine,
+            engine=self.engine,
             dtype=options.dtype,
             cache=options.cache,
             adapter=adapter,

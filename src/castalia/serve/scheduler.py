@@ -7,7 +7,7 @@ slot when they end. All calls into the engine come from this thread, so the engi
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from castalia.inference.beams import BeamSearch, Search
 from castalia.inference.decoding import Continuation, FinishReason
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
+from castalia.serve.scored_tokens import ScoredToken, SharedScores, score
 
 PREFILL_TOKENS = 2048
 """Most prompt tokens read in one step. Running texts stand still meanwhile, so this bounds the
@@ -39,18 +40,6 @@ class QueueFullError(Exception):
 
 class StoppingError(Exception):
     """The server is shutting down."""
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """A token, its log-probability in nats, and the likeliest tokens at its position.
-
-    The log-probability of a text's first token is None: nothing precedes it.
-    """
-
-    token: int
-    logprob: float | None
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +95,18 @@ class ServedText:
         (scored,) = score(logits[None], [token], self.top, self.vocab_size)
         return scored
 
+    def score_part(self, scores: SharedScores, logits: Tensor, start: int) -> None:
+        """Keep the tokens of the prompt that logits (n, V) after its tokens from `start` on
+        predict."""
+        ids = self.continuation.ids
+        if start == 0:
+            # Nothing precedes the first token.
+            self.pending.append(ScoredToken(ids[0], None, []))
+        # The logits after the last token score no token of the prompt.
+        tokens = ids[start + 1 : start + 1 + len(logits)]
+        if tokens and self.top is not None:
+            self.pending += scores.score(logits, tokens, self.top, self.vocab_size)
+
     def emit_pending(self, text: str) -> None:
         """Emit `text` and the tokens drawn since the last event."""
         tokens = self.pending
@@ -160,22 +161,6 @@ class ServedSearch:
 
 Job = ServedText | ServedSearch
 """What waits in the queue."""
-
-
-def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[ScoredToken]:
-    """Log-probabilities of tokens (T,) from logits (T, V), with the `top` likeliest beside each.
-
-    The softmax runs over all of V, as in training. Only the first `vocab_size` are real tokens; the
-    rest is padding and never reported.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs[:, :vocab_size].topk(min(top, vocab_size))
-    picked = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    rows = zip(tokens, picked, values.tolist(), ids.tolist(), strict=True)
-    return [
-        ScoredToken(token, value, list(zip(best_ids, best, strict=True)))
-        for token, value, best, best_ids in rows
-    ]
 
 
 class Scheduler:
@@ -248,8 +233,9 @@ class Scheduler:
         """The thread's loop: admit waiting jobs, then advance all running ones by one token."""
         while (admitted := self.take()) is not None:
             for job in admitted:
-                self.isolate([job], partial(self.score_prompt, job))
-            # Jobs that only wanted their prompt scored are finished by now and need no slot.
+                if not self.scores_in_slots(job):
+                    self.isolate([job], partial(self.score_prompt, job))
+            # Jobs that only wanted their prompt scored may be finished by now, and need no slot.
             unfinished = [job for job in admitted if job.continuation.finish_reason is None]
             texts = [job for job in unfinished if isinstance(job, ServedText)]
             searches = [job for job in unfinished if isinstance(job, ServedSearch)]
@@ -325,13 +311,19 @@ class Scheduler:
                 self.batcher.drop_search(search)
         self.searching = [job for job in self.searching if job not in jobs]
 
+    def scores_in_slots(self, job: Job) -> bool:
+        """Whether the prompt is scored where it is read, together with others."""
+        is_scored = isinstance(job, ServedText) and job.score_prompt
+        return is_scored and self.batcher.slots.scores_prompts
+
     def score_prompt(self, job: Job) -> None:
         """Score the prompt if requested; finish a text that generates nothing."""
         first = job.texts[0]
         if first.score_prompt:
-            scored = self.scored_prompt(first)
-            for text in job.texts:
-                text.pending += scored
+            for logits, start in self.prompt_logits(first):
+                first.score_part(SharedScores(), logits, start)
+            for text in job.texts[1:]:
+                text.pending += first.pending
         if not first.continues:
             first.continuation.finish_reason = "length"
             first.emit_pending("")
@@ -339,12 +331,17 @@ class Scheduler:
     def admit(self, texts: list[ServedText]) -> None:
         """Read the prompts of `texts` into free slots, in one pass of the engine."""
         admissions = []
+        scores = SharedScores()
         for text in texts:
             (generator,) = text.sampling.generators(1, self.engine.device)
             # The batcher draws texts of equal sampling together. The seed is in the generator
             # already; left in the sampling it would put every text into a group of its own.
             sampling = replace(text.sampling, seed=None)
-            admissions.append(Admission(text.continuation, sampling, generator, text.record))
+            admission = Admission(text.continuation, sampling, generator, text.record)
+            if self.scores_in_slots(text):
+                admission.continues = text.continues
+                admission.score = partial(text.score_part, scores)
+            admissions.append(admission)
         outputs = self.batcher.admit(admissions)
         slot_of_text = {id(running.text): slot for slot, running in self.batcher.running.items()}
         for text, output, admission in zip(texts, outputs, admissions, strict=True):
@@ -396,18 +393,9 @@ class Scheduler:
         duration = time.perf_counter() - text.submitted
         self.seconds_per_text += AVERAGE_WEIGHT * (duration - self.seconds_per_text)
 
-    def scored_prompt(self, text: ServedText) -> list[ScoredToken]:
-        """Each token of the prompt with its log-probability."""
-        first, *rest = text.continuation.ids
-        scored = [ScoredToken(first, None, [])]
-        if text.top is None:
-            return scored + [ScoredToken(token, None, []) for token in rest]
-        if not rest:
-            return scored
+    def prompt_logits(self, text: ServedText) -> Iterator[tuple[Tensor, int]]:
+        """Logits after the tokens of a prompt, in parts, with the place of the first of each."""
         start = 0
         for logits in self.engine.logits_in_parts(text.continuation.ids):
-            # The logits after the last token score no token of the prompt.
-            tokens = rest[start : start + len(logits)]
-            scored += score(logits[: len(tokens)], tokens, text.top, text.vocab_size)
-            start += len(tokens)
-        return scored
+            yield logits, start
+            start += len(logits)

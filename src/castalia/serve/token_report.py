@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from castalia.inference.decoding import FinishReason
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.text import TextStream, shared
-from castalia.serve.scheduler import ScoredToken, ServedText
+from castalia.serve.scheduler import ServedText
+from castalia.serve.scored_tokens import ScoredToken
 from castalia.tokenizers.forms import OtherTokenizer
 from castalia.tokenizers.token_texts import TokenTexts, spelled
 

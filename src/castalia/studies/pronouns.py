@@ -20,7 +20,8 @@ from castalia.core.files import claimed, sha256_of, write_json
 from castalia.corpora.known_texts import PROFESSIONS
 from castalia.eval.bits import HeldOut, source_bits
 from castalia.eval.held_out import WHOLE, document_bytes, sources_of
-from castalia.inference import LanguageModel, load
+from castalia.inference import LanguageModel
+from castalia.inference.loading import load_exact
 from castalia.studies.branching import Branch, plan_branch, train_branch
 from castalia.studies.pronouns_page import write_page
 
@@ -148,7 +149,7 @@ def checkpoints_of(branches: Sequence[Branch]) -> list[Item]:
 def measured(output: Path, say: Say, item: Item) -> Row:
     """Measure one checkpoint, and keep it."""
     folder = Path(item.folder)
-    model = load(str(folder / "checkpoints" / step_name(item.step)))
+    model = load_exact(str(folder / "checkpoints" / step_name(item.step)))
     by_profession = {name: preference(model, name) for name in PROFESSIONS}
     bias = math.fsum(by_profession.values()) / len(by_profession)
     row = Row(

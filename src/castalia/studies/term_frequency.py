@@ -13,7 +13,8 @@ import numpy as np
 from castalia.core.errors import ConfigError
 from castalia.core.files import claimed, write_json
 from castalia.eval.places import Checkpoint, checkpoints_of
-from castalia.inference import LanguageModel, load
+from castalia.inference import LanguageModel
+from castalia.inference.loading import load_exact
 from castalia.stream.counting.asked import Pairs, Terms
 from castalia.stream.counting.counting import Counts, count
 from castalia.stream.opening import Stream, open_stream
@@ -253,7 +254,7 @@ def measured(
         keys = [key for key in sorted(wanted_keys([checkpoint], study)) if key not in known]
         if not keys:
             continue
-        model = load(checkpoint.path)
+        model = load_exact(checkpoint.path)
         require_room(model, study, checkpoint)
         for key in keys:
             rows = asked(model, key, study)

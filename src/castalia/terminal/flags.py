@@ -98,14 +98,14 @@ class EngineFlags:
         str,
         ENGINE(
             help="auto, native, torch, ct2, llama.cpp or openvino; auto is the engine of an export,"
-            " native for int8 and int4, else torch."
+            " native where it computes the model, else torch."
         ),
     ] = "auto"
     dtype: Annotated[
         str | None,
         ENGINE(
             help="fp32, bf16 or fp16; with native also int8, int4 and auto (int8). By default that"
-            " of an export, else fp32."
+            " of an export or a checkpoint: bf16, else fp32."
         ),
     ] = None
     cache: Annotated[

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from castalia.inference.engine import Engine, ScoringModel, Slots
-from castalia.inference.torch_engine import device_of, padded
+from castalia.inference.torch_slots import device_of, padded
 from castalia.models import Decoder, ModelState
 
 Rows = Sequence[Sequence[int]]
@@ -138,11 +138,7 @@ def follows_length(decoder: Decoder) -> bool:
 @torch.inference_mode()
 def cut_back(state: ModelState, lengths: Sequence[int]) -> ModelState:
     """The first rows of a state, cut back to `lengths`; the memory is shared."""
-    first = state.first_rows(len(lengths))
-    # Rows that were written from another state are longer than this one has counted.
-    first.lengths = torch.tensor(lengths, device=state.lengths.device)
-    first.rewind(first.lengths)
-    return first
+    return state.span_rows(0, len(lengths), lengths)
 
 
 class SlotReader(Reader):
