@@ -137,7 +137,7 @@ def test_the_study_from_end_to_end(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt  # a kill between two checkpoints
         return Calculator(knows=4)
 
-    monkeypatch.setattr(study_room, "load", load)
+    monkeypatch.setattr(study_room, "load_exact", load)
     output = tmp_path / "study"
     with pytest.raises(KeyboardInterrupt):
         term_frequency([str(run)], STUDY, output, say=lambda text: None)
@@ -197,7 +197,7 @@ def test_windows_count_numbers_beside_numbers(run):
 
 
 def test_what_cannot_be_studied(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_room, "load", lambda path: Calculator(knows=4))
+    monkeypatch.setattr(study_room, "load_exact", lambda path: Calculator(knows=4))
 
     def castalia(*words: str) -> str:
         done = CliRunner().invoke(
