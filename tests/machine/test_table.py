@@ -1,8 +1,12 @@
 """The table of this machine: what is chosen by it, where it is kept, and how long it takes."""
 
-import pytest
+import json
 
-from castalia.machine import table, this_machine
+import pytest
+import torch
+
+from castalia.core.errors import ConfigError
+from castalia.machine import instructions, measuring, table, this_machine
 
 MEASURED = {
     "memory_rate": 2e10,
@@ -50,3 +54,172 @@ def test_choices_by_the_table(folder, measurements):
     assert machine.faster(("fp32", "bf16"), 8) == "fp32"
     assert machine.faster(("fp32", "bf16"), 8, margin=1.01) == "bf16"
     assert machine.rate("fp8", 8) == 0 and machine.faster(("fp32", "fp8"), 8) == "fp32"
+
+
+def test_it_is_measured_once_for_its_threads_and_caps(folder, measurements, monkeypatch):
+    first = this_machine()
+    assert this_machine() is first and len(measurements) == 1
+    # Another process reads the file, and gets the same table.
+    table.KEPT.clear()
+    assert this_machine() == first and len(measurements) == 1
+    for variable, value in (
+        ("ATEN_CPU_CAPABILITY", "avx2"),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2"),
+        ("CASTALIA_ISA", "x86-64-v3"),
+    ):
+        monkeypatch.setenv(variable, value)
+        assert this_machine().caps[variable] == value
+    assert len(measurements) == 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert this_machine().threads == 64 and len(measurements) == 5
+    assert len(list(folder.glob("machine-*.json"))) == 5
+    this_machine(anew=True)
+    assert len(measurements) == 6
+
+
+DAMAGES = [
+    "",
+    "{",
+    "[]",
+    "7",
+    json.dumps(MEASURED | {"rates": {}}),
+    json.dumps(MEASURED | {"rates": {"fp32": {"torch": {}}}}),
+    json.dumps(MEASURED | {"rates": {"fp32": {"torch": {"1": -3}}}}),
+    json.dumps(MEASURED | {"rates": {"fp32": {"torch": {"1": "fast"}}}}),
+    json.dumps(MEASURED | {"memory_rate": float("nan")}),
+    json.dumps({"rates": MEASURED["rates"]}),
+]
+
+
+def test_a_damaged_file_is_measured_anew(folder, measurements):
+    this_machine()
+    (path,) = folder.glob("machine-*.json")
+    for number, damage in enumerate(DAMAGES, start=2):
+        path.write_text(damage)
+        table.KEPT.clear()
+        assert this_machine().memory_rate == 2e10
+        assert len(measurements) == number, damage
+        assert table.stored_at(path)["rates"] == MEASURED["rates"]
+    path.write_bytes(b"\xff\xfe")
+    table.KEPT.clear()
+    assert this_machine().memory_rate == 2e10 and table.stored_at(path)
+
+
+@pytest.mark.parametrize("home", ["a file", "nowhere"])
+def test_a_home_that_cannot_be_written(home, tmp_path, measurements, monkeypatch):
+    monkeypatch.setattr(table, "KEPT", {})
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    # Root may write to folders that say otherwise, but nobody into a file.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked if home == "a file" else "/proc/none"))
+    machine = this_machine()
+    assert machine.rate("fp32", 1) == 5e9
+    assert this_machine() is machine and len(measurements) == 1
+
+
+X86 = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "avx_vnni"}
+X86 |= set().union(*instructions.FLAGS.values())
+CAPPED = [
+    ({}, "avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8", "x86-64-v4"),
+    ({"ATEN_CPU_CAPABILITY": "avx2"}, "avx2", "x86-64-v3"),
+    ({"ATEN_CPU_CAPABILITY": "default"}, "", "x86-64-v2"),
+    ({"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "avx2_vnni"}, "avx2 avx_vnni", "v3"),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx2 avx512f avx_vnni", "v4"),
+    ({"CASTALIA_ISA": "vnni"}, "avx2 avx512f avx_vnni avx512_vnni", "v4"),
+    ({"CASTALIA_ISA": "none"}, "avx2 avx512f avx_vnni avx512_vnni avx512_bf16 amx_int8", "v4"),
+]
+
+
+@pytest.mark.parametrize(("caps", "left", "level"), CAPPED)
+def test_caps_take_instructions_away(caps, left, level, monkeypatch):
+    monkeypatch.setattr(instructions.platform, "machine", lambda: "x86_64")
+    assert instructions.usable(X86, caps) == tuple(left.split())
+    assert instructions.level_of(X86, caps).endswith(level)
+
+
+def test_other_processors(monkeypatch):
+    lines = {"CPU implementer": "0x41", "CPU part": "0xd40", "Features": "asimd asimddp i8mm bf16"}
+    assert instructions.processor_name(lines) == "Arm Neoverse V1"
+    flags = instructions.flags_of(lines)
+    assert instructions.usable(flags, {}) == ("neon", "dotprod", "i8mm", "bf16")
+    assert instructions.usable(flags, {"CASTALIA_ISA": "dotprod"}) == ("neon", "dotprod")
+    monkeypatch.setattr(instructions.platform, "machine", lambda: "aarch64")
+    assert instructions.level_of(flags, {}) == "aarch64"
+    monkeypatch.setenv("CASTALIA_ISA", "x86-64-v5")
+    with pytest.raises(ConfigError, match=r"unknown CASTALIA_ISA.*x86-64-v5.*did you mean 'x86-64"):
+        this_machine()
+
+
+class SlowMachine:
+    """A clock that calls move by what they would take."""
+
+    def __init__(self, *rates):
+        """`rates`: FLOP/s by dtype and library."""
+        self.now = 0.0
+        self.rates = dict(rates)
+        self.calls = []
+
+    def perf_counter(self):
+        return self.now
+
+    def cells(self):
+        return {
+            (*product, rows): lambda product=product, rows=rows: self.call(product, rows)
+            for product in self.rates
+            for rows in measuring.ROWS
+        }
+
+    def call(self, product, rows):
+        self.calls.append((product, rows))
+        if self.rates[product] is None:
+            raise RuntimeError("no such instruction")
+        self.now += 2 * rows * measuring.WIDTH**2 / self.rates[product]
+
+
+def test_what_would_take_too_long_is_not_tried(monkeypatch):
+    """bf16 is emulated, 300 times slower; int8 does not exist; all of it ends in time."""
+    fp32 = ("fp32", "torch")
+    bf16 = ("bf16", "torch")
+    machine = SlowMachine((fp32, 1.5e9), (bf16, 5e6), (("int8", "onednn"), None))
+    monkeypatch.setattr(measuring, "time", machine)
+    times = measuring.best_times(machine.cells(), measuring.SECONDS)
+    assert machine.now < measuring.SECONDS + 0.1
+    assert {call for call in machine.calls if call[0] == bf16} == {(bf16, 1)}
+    assert machine.calls.count((("int8", "onednn"), 1)) == 1
+    assert (*fp32, 8) in times and (fp32, 512) not in machine.calls
+    for cell, seconds in times.items():
+        assert 2 * cell[2] * measuring.WIDTH**2 / seconds == pytest.approx(machine.rates[cell[:2]])
+    assert len(times) == 10
+
+
+def test_a_busy_moment_does_not_count(monkeypatch):
+    machine = SlowMachine((("fp32", "torch"), 2e11))
+    monkeypatch.setattr(measuring, "time", machine)
+    cells = machine.cells()
+    quick = cells["fp32", "torch", 1]
+
+    def disturbed():
+        quick()
+        if machine.calls.count((("fp32", "torch"), 1)) < 3:
+            machine.now += 0.3
+
+    times = measuring.best_times(cells | {("fp32", "torch", 1): disturbed}, measuring.SECONDS)
+    for rows in measuring.ROWS:
+        rate = 2 * rows * measuring.WIDTH**2 / times["fp32", "torch", rows]
+        assert rate == pytest.approx(2e11)
+
+
+def test_the_products_are_right():
+    """All libraries and dtypes multiply the same matrices, up to rounding; nothing else moves."""
+    before = torch.random.get_rng_state()
+    calls = measuring.calls_of()
+    found = {cell: call().float() for cell, call in calls.items() if cell[2] == 8}
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        rates = measuring.product_rates(seconds=0.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    exact = found["fp32", "torch", 8]
+    for (dtype, library, _), y in found.items():
+        error = (y - exact).norm() / exact.norm()
+        assert error < {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02}[dtype], (dtype, library)
+    assert set(rates) == {"fp32", "bf16", "int8"}
+    assert all(set(one["torch"]) == set(measuring.ROWS) for one in rates.values())

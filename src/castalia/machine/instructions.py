@@ -14,14 +14,14 @@ from castalia.core.errors import ConfigError, nearest
 
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CASTALIA_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Variables that change what the measured table would say; MKL obeys its own on Intel alone."""
-X86 = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "vnni", "bf16", "amx")
+X86 = ("x86-64-v2", "x86-64-v3", "avx-vnni", "x86-64-v4", "vnni", "bf16", "amx")
 """Values of CASTALIA_ISA on x86-64, ascending; each includes those before it."""
 ARM = ("neon", "dotprod", "i8mm", "sve")
 """Likewise on 64-bit ARM."""
 LEAST = {
     "avx2": "x86-64-v3",
     "avx512f": "x86-64-v4",
-    "avx_vnni": "vnni",
+    "avx_vnni": "avx-vnni",
     "avx512_vnni": "vnni",
     "avx512_bf16": "bf16",
     "avx512_fp16": "amx",
@@ -42,8 +42,8 @@ ONEDNN = {
     "SSE41": "x86-64-v2",
     "AVX": "x86-64-v2",
     "AVX2": "x86-64-v3",
-    "AVX2_VNNI": "x86-64-v3",
-    "AVX2_VNNI_2": "x86-64-v3",
+    "AVX2_VNNI": "avx-vnni",
+    "AVX2_VNNI_2": "avx-vnni",
     "AVX512_CORE": "x86-64-v4",
     "AVX512_CORE_VNNI": "vnni",
     "AVX512_CORE_BF16": "bf16",

@@ -13,7 +13,7 @@ that a moment in which the machine does something else changes nothing.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def product_rates(seconds: float = SECONDS) -> dict[str, dict[str, dict[int, flo
     return rates
 
 
-def best_times(calls: dict[Cell, Call], seconds: float) -> dict[Cell, float]:
+def best_times(calls: Mapping[Cell, Call], seconds: float) -> dict[Cell, float]:
     """Best time of each call; calls of one dtype and library stand in ascending rows.
 
     A call that is expected to take longer than PATIENCE has the time expected: that of fewer rows,
@@ -83,33 +83,44 @@ def best_times(calls: dict[Cell, Call], seconds: float) -> dict[Cell, float]:
     """
     end = time.perf_counter() + seconds
     times: dict[Cell, float] = {}
-    tried: dict[Cell, Call] = {}
-    for (dtype, library, rows), call in calls.items():
-        cell = (dtype, library, rows)
-        expected = expected_time(times, cell)
-        if expected > PATIENCE or (expected and time.perf_counter() > end):
+    lacking: set[tuple[str, str]] = set()
+    goes_on = True
+    while goes_on:
+        goes_on = False
+        for cell, call in calls.items():
+            # Asked in every round: fewer rows may have been slow in a busy moment alone.
+            if cell[:2] in lacking or not is_affordable(cell, times, end):
+                continue
+            goes_on = True
+            try:
+                if cell not in times:
+                    # The first call of a size compiles it: it is timed for what cannot be repeated.
+                    times[cell] = seconds_of(call)
+                if is_affordable(cell, times, end):
+                    times[cell] = min(times[cell], seconds_of(call))
+            except (RuntimeError, NotImplementedError):  # not on this kind of machine
+                lacking.add(cell[:2])
+    for cell in calls:
+        if cell not in times and (expected := expected_time(times, cell)):
             times[cell] = expected
-            continue
-        try:
-            # The first call of a size compiles it.
-            call()
-        except (RuntimeError, NotImplementedError):  # not on this kind of machine
-            continue
-        times[cell] = seconds_of(call)
-        tried[cell] = call
-    while time.perf_counter() < end:
-        for cell, call in tried.items():
-            times[cell] = min(times[cell], seconds_of(call))
     return times
 
 
-def expected_time(times: dict[Cell, float], cell: Cell) -> float:
+def is_affordable(cell: Cell, times: Mapping[Cell, float], end: float) -> bool:
+    """Whether a call ends in time. That with the fewest rows is made in any case."""
+    if cell in times:
+        return time.perf_counter() + times[cell] <= end
+    expected = expected_time(times, cell)
+    return expected <= PATIENCE and (not expected or time.perf_counter() + expected <= end)
+
+
+def expected_time(times: Mapping[Cell, float], cell: Cell) -> float:
     """The time of a call by that of the same product with fewer rows; 0 if there is none."""
-    dtype, library, rows = cell
-    fewer = [other for other in times if other[:2] == (dtype, library)]
+    fewer = [other for other in times if other[:2] == cell[:2] and other[2] < cell[2]]
     if not fewer:
         return 0.0
-    return times[fewer[-1]] * rows / fewer[-1][2]
+    most = max(fewer, key=lambda other: other[2])
+    return times[most] * cell[2] / most[2]
 
 
 def seconds_of(call: Call) -> float:
@@ -123,15 +134,15 @@ def calls_of() -> dict[Cell, Call]:
     """Every product that is measured."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(WIDTH, WIDTH, generator=generator, device="cpu") / math.sqrt(WIDTH)
+    inputs = [torch.randn(rows, WIDTH, generator=generator, device="cpu") for rows in ROWS]
     calls: dict[Cell, Call] = {}
     products = [*floats("fp32", weight), *floats("bf16", weight.bfloat16()), *integers(weight)]
     for dtype, library, multiply in products:
-        for rows in ROWS:
-            x = torch.randn(rows, WIDTH, generator=generator, device="cpu")
+        for x in inputs:
             if dtype == "bf16":
                 x = x.bfloat16()
             # A function of its own, because a lambda would see the last x of the loop.
-            calls[dtype, library, rows] = bound(multiply, x)
+            calls[dtype, library, len(x)] = bound(multiply, x)
     return calls
 
 
@@ -180,7 +191,7 @@ def integers(weight: Tensor) -> Iterator[Product]:
     packed = itertools.cycle(
         [torch.ops.onednn.qlinear_prepack(q, None) for _ in range(MATRICES)]  # a copy each
     )
-    zeros = torch.zeros(WIDTH, dtype=torch.int64)
+    zeros = torch.zeros(WIDTH, dtype=torch.int64, device="cpu")
     after: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
 
     def by_onednn(x: Tensor) -> Tensor:

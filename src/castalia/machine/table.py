@@ -11,8 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from castalia.core.errors import CastaliaError
-from castalia.core.files import cache_folder, write_json
-from castalia.core.native_code import processor
+from castalia.core.files import cache_folder, claimed, write_json
 from castalia.machine.instructions import (
     caps,
     flags_of,
@@ -34,6 +33,9 @@ from castalia.machine.measuring import memory_rate, product_rates
 
 EDITION = 1
 """Raised when the measurement changes, so that tables of an older one are not read."""
+
+WAIT_SECONDS = 10.0
+"""For another process that measures."""
 
 Rates = Mapping[str, Mapping[str, Mapping[int, float]]]
 """FLOP/s by dtype, library and rows."""
@@ -115,29 +117,53 @@ def this_machine(*, anew: bool = False) -> Machine:
 
 def kept_at(given: Mapping[str, str], threads: int) -> Path:
     """The file that keeps the table."""
-    decisive = [EDITION, processor(), torch.__version__, threads, sorted(given.items())]
+    lines = processor_lines()
+    processor = [processor_name(lines), sorted(flags_of(lines))]
+    decisive = [EDITION, processor, torch.__version__, threads, sorted(given.items())]
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
     return cache_folder() / f"machine-{name}.json"
 
 
 def measured(path: Path, anew: bool) -> dict[str, Any]:
     """The measurement that a file keeps, or a new one, which is stored in it."""
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if not anew:
-            return whole(json.loads(path.read_text()))
-    start = time.perf_counter()
-    values = {"memory_rate": memory_rate(), "rates": product_rates()}
-    values["seconds"] = time.perf_counter() - start
-    # Without a folder to write in the table holds for this process.
-    with suppress(CastaliaError):
-        write_json(path, values)
+    if not anew and (stored := stored_at(path)):
+        return stored
+    with alone(path.parent):
+        # Another process may have measured while this one waited.
+        if not anew and (stored := stored_at(path)):
+            return stored
+        start = time.perf_counter()
+        values: dict[str, Any] = {"memory_rate": memory_rate(), "rates": product_rates()}
+        values["seconds"] = time.perf_counter() - start
+        # Without a folder to write in the table holds for this process.
+        with suppress(CastaliaError):
+            write_json(path, values)
     return values
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from measuring meanwhile, such as ranks that start together."""
+    with ExitStack() as stack:
+        # Where nothing can be locked, or another takes too long, the measurement is disturbed.
+        with suppress(CastaliaError):
+            stack.enter_context(claimed(folder / "measuring", WAIT_SECONDS))
+        yield
+
+
+def stored_at(path: Path) -> dict[str, Any] | None:
+    """The measurement that a file keeps; None if there is none, or it is damaged."""
+    try:
+        return whole(json.loads(path.read_text(encoding="utf-8")))
+    # Other bytes than UTF-8 are a ValueError, too.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def whole(stored: dict[str, Any]) -> dict[str, Any]:
     """The measurement as it was written, from JSON.
 
-    Raises  ValueError, TypeError or KeyError if it is not one.
+    Raises  ValueError, TypeError, AttributeError or KeyError if it is not one.
     """
     rates = {
         str(dtype): {
@@ -148,7 +174,10 @@ def whole(stored: dict[str, Any]) -> dict[str, Any]:
     }
     numbers = [rate for one in rates.values() for more in one.values() for rate in more.values()]
     values = {name: float(stored[name]) for name in ("memory_rate", "seconds")}
-    if "fp32" not in rates or not all(0 < n < math.inf for n in [*numbers, *values.values()]):
+    # A rate of every dtype may be missing but that of fp32, which each machine has.
+    if not rates["fp32"]["torch"] or not all(
+        0 < n < math.inf for n in [*numbers, *values.values()]
+    ):
         raise ValueError("not a table of rates")
     return {"rates": rates, **values}
 
