@@ -10,6 +10,7 @@ from tests.fixtures.forked_shell import ForkedShell
 
 VERBS = (
     "demo",
+    "doctor",
     "prepare",
     "data",
     "mixing",

@@ -7,10 +7,13 @@ import torch
 
 from castalia.core.errors import ConfigError
 from castalia.machine import instructions, measuring, table, this_machine
+from castalia.machine.measuring import Load
 
 MEASURED = {
     "memory_rate": 2e10,
     "seconds": 2.0,
+    "busy": 0.0,
+    "tries": 1,
     "rates": {
         "fp32": {"torch": {1: 4e9, 8: 3e10, 512: 9e10}, "onednn": {1: 5e9, 8: 2e10, 512: 1e11}},
         "bf16": {"torch": {1: 9e9, 8: 3.1e10, 512: 2e10}},
@@ -37,6 +40,7 @@ def measurements(monkeypatch):
         return MEASURED["rates"]
 
     monkeypatch.setattr(table, "memory_rate", lambda: MEASURED["memory_rate"])
+    monkeypatch.setattr(Load, "share", lambda load: 0.0)
     monkeypatch.setattr(table, "product_rates", rates)
     return calls
 
@@ -77,6 +81,35 @@ def test_it_is_measured_once_for_its_threads_and_caps(folder, measurements, monk
     assert len(measurements) == 6
 
 
+def test_a_busy_machine_is_measured_again(folder, measurements, monkeypatch):
+    """By the next processes, at most three times; the best rates of all count."""
+    shares = iter([0.8, 0.5, 0.7])
+    monkeypatch.setattr(Load, "share", lambda load: next(shares))
+    faster = {"fp32": {"torch": {1: 1e9, 8: 9e10, 512: 9e10}}}
+    monkeypatch.setattr(table, "product_rates", lambda: MEASURED["rates"] | faster)
+    first = this_machine()
+    assert this_machine() is first and first.busy == 0.8 and first.rate("fp32", 8) == 9e10
+    monkeypatch.setattr(table, "product_rates", lambda: MEASURED["rates"])
+    monkeypatch.setattr(table, "memory_rate", lambda: 1e10)
+    for busy in (0.5, 0.5, 0.5):
+        table.KEPT.clear()
+        machine = this_machine()
+        assert machine.busy == busy and machine.memory_rate == 2e10
+        assert machine.rate("fp32", 8) == 9e10 and machine.rate("fp32", 1) == 5e9
+    # The fourth process reads what three have measured.
+    assert next(shares, None) is None
+
+
+def test_the_load_is_that_of_others(tmp_path):
+    path = tmp_path / "stat"
+    own = sum(measuring.os.times()[:4])
+    tick = measuring.os.sysconf("SC_CLK_TCK")
+    path.write_text(f"cpu  {500 * tick} 0 {20 * tick} 90000 7000 0 0 {3 * tick} 0 0\ncpu0 1 2\n")
+    assert measuring.others_seconds(path) == pytest.approx(523 - own, abs=1)
+    assert measuring.others_seconds(tmp_path / "none") == 0.0
+    assert 0 <= Load().share() < 1e6
+
+
 DAMAGES = [
     "",
     "{",
@@ -87,7 +120,8 @@ DAMAGES = [
     json.dumps(MEASURED | {"rates": {"fp32": {"torch": {"1": -3}}}}),
     json.dumps(MEASURED | {"rates": {"fp32": {"torch": {"1": "fast"}}}}),
     json.dumps(MEASURED | {"memory_rate": float("nan")}),
-    json.dumps({"rates": MEASURED["rates"]}),
+    json.dumps({"rates": MEASURED["rates"], "seconds": 1, "busy": 0, "tries": 1}),
+    json.dumps({**MEASURED, "tries": None}),
 ]
 
 

@@ -14,6 +14,7 @@ from castalia.cli import (
     count,
     data,
     demo,
+    doctor,
     eval,
     export,
     generate,
@@ -78,7 +79,7 @@ TRAINING = "Training"
 
 # In the order of use, which is also that of `castalia --help`.
 PANELS = {
-    "Start": (demo.demo,),
+    "Start": (demo.demo, doctor.doctor),
     TEXT: (prepare.prepare,),
     TRAINING: (
         show.show,

@@ -2,16 +2,67 @@
 
 import importlib
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from castalia.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 """The folder above src/ where the package runs from a clone; anything else where it does not."""
+
+
+class Extra(NamedTuple):
+    """An optional part of Castalia."""
+
+    gives: str
+    """What works with it, in a few words."""
+    packages: tuple[str, ...]
+    """Those that pip installs for it."""
+
+    def versions(self) -> dict[str, str | None]:
+        """The installed version of each package; None of those that are missing."""
+        return {name: installed_version(name) for name in self.packages}
+
+
+EXTRAS = {
+    "serve": Extra(
+        "the server, castalia serve",
+        ("llguidance", "fastapi", "uvicorn", "prometheus_client", "jinja2"),
+    ),
+    "grammar": Extra("texts of a JSON schema, a choice, a pattern", ("llguidance",)),
+    "eval": Extra(
+        "tasks of lm-evaluation-harness, castalia eval", ("duckdb", "pyarrow", "lm-eval")
+    ),
+    "results": Extra("the table of results, castalia results", ("duckdb", "pyarrow")),
+    "report": Extra("the report pages, castalia report and view", ("duckdb", "pyarrow", "plotly")),
+    "hf": Extra("Hugging Face's hub and certificates", ("transformers", "huggingface_hub")),
+    "ct2": Extra("the engine CTranslate2", ("ctranslate2",)),
+    "llama": Extra("the engine llama.cpp, for GGUF files", ("llama-cpp-python",)),
+    "openvino": Extra("the engine OpenVINO", ("openvino",)),
+    "parquet": Extra("text and rows in Parquet files", ("pyarrow",)),
+    "http": Extra("text from a URL", ("aiohttp",)),
+    "chat": Extra("chat templates", ("jinja2",)),
+    "fast": Extra("text to tokens several times as fast", ("gigatoken", "orjson")),
+    "spm": Extra("SentencePiece tokenizers", ("sentencepiece",)),
+    "ftfy": Extra("repair of broken Unicode", ("ftfy",)),
+    "dedup": Extra("near-duplicate documents", ("datasketch",)),
+    "trace": Extra("where a text was read, castalia trace", ("pydivsufsort",)),
+    "count": Extra("how often terms were read, castalia count", ("ahocorasick_rs", "regex")),
+    "optim": Extra("more optimizers, fp8", ("pytorch-optimizer", "torchao")),
+    "ray": Extra("tokenizing on a Ray cluster", ("ray",)),
+}
+"""The extras of pyproject.toml but those for developers, in the order of use."""
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

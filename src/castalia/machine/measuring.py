@@ -12,6 +12,7 @@ that a moment in which the machine does something else changes nothing.
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -30,8 +31,8 @@ MATRICES = 8
 """Matrices of a dtype. In float32 they are 32 MiB together, more than the caches of one core."""
 SECONDS = 1.6
 """Time of all products together."""
-PATIENCE = 0.04
-"""Seconds beyond which a call is not tried; 1 GFLOP takes that long at 27 GFLOP/s."""
+PATIENCE = 0.1
+"""Seconds beyond which a call is not tried; 1 GFLOP takes that long at 11 GFLOP/s."""
 READ_SECONDS = 0.25
 """Time of reading memory."""
 LEAST_BYTES = 64 << 20
@@ -61,6 +62,32 @@ def largest_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> 
         with suppress(OSError, ValueError):
             sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
     return max(sizes)
+
+
+class Load:
+    """What other programs take of this machine's processors, from now on."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.others = others_seconds()
+
+    def share(self) -> float:
+        """Their share of one processor's time for each thread of torch; 0 where it is unknown."""
+        seconds = (time.perf_counter() - self.start) * torch.get_num_threads()
+        return max(0.0, others_seconds() - self.others) / seconds
+
+
+def others_seconds(path: Path = Path("/proc/stat")) -> float:
+    """Processor time that all programs but this one have taken since the machine started."""
+    own = sum(os.times()[:4])
+    try:
+        words = path.read_text().split()
+        # user nice system idle iowait irq softirq steal
+        taken = [int(word) for word in words[1:9]]
+        ticks = sum(taken) - taken[3] - taken[4]
+    except (OSError, ValueError, IndexError):  # not Linux
+        return 0.0
+    return ticks / os.sysconf("SC_CLK_TCK") - own
 
 
 def product_rates(seconds: float = SECONDS) -> dict[str, dict[str, dict[int, float]]]:

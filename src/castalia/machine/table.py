@@ -3,6 +3,9 @@
 It is kept in the user's cache folder under all that decides about it: the processor with its flags,
 torch's version, the number of threads and the caps on instructions. What is kept is the measurement
 alone; the rest is asked of the machine each time.
+
+While other programs compute, rates are too low. Such a measurement is kept too, but the next
+processes repeat it, until one is taken in quiet or TRIES are made, and the best rates of all count.
 """
 
 import hashlib
@@ -29,11 +32,14 @@ from castalia.machine.instructions import (
     processor_name,
     usable,
 )
-from castalia.machine.measuring import memory_rate, product_rates
+from castalia.machine.measuring import Load, memory_rate, product_rates
 
-EDITION = 1
+EDITION = 2
 """Raised when the measurement changes, so that tables of an older one are not read."""
 
+QUIET = 0.1
+"""Load by others from which a measurement is repeated by the next processes."""
+TRIES = 3
 WAIT_SECONDS = 10.0
 """For another process that measures."""
 
@@ -63,6 +69,9 @@ class Machine:
     weights come from memory, they take their size over `memory_rate` at least."""
     seconds: float
     """What the measurement took."""
+    busy: float
+    """Processors that other programs took meanwhile, for each of `threads`: from QUIET on the rates
+    may be too low."""
 
     def rate(self, dtype: str, rows: int) -> float:
         """FLOP/s of the best library for products of `rows` rows; 0 if torch has none.
@@ -126,19 +135,55 @@ def kept_at(given: Mapping[str, str], threads: int) -> Path:
 
 def measured(path: Path, anew: bool) -> dict[str, Any]:
     """The measurement that a file keeps, or a new one, which is stored in it."""
-    if not anew and (stored := stored_at(path)):
+    stored = None if anew else stored_at(path)
+    if stored and is_final(stored):
         return stored
     with alone(path.parent):
         # Another process may have measured while this one waited.
-        if not anew and (stored := stored_at(path)):
+        stored = None if anew else stored_at(path)
+        if stored and is_final(stored):
             return stored
-        start = time.perf_counter()
-        values: dict[str, Any] = {"memory_rate": memory_rate(), "rates": product_rates()}
-        values["seconds"] = time.perf_counter() - start
+        values = measure_now()
+        if stored:
+            values = better_of(stored, values)
         # Without a folder to write in the table holds for this process.
         with suppress(CastaliaError):
             write_json(path, values)
     return values
+
+
+def is_final(values: dict[str, Any]) -> bool:
+    """Whether no further process is to measure."""
+    return bool(values["busy"] < QUIET or values["tries"] >= TRIES)
+
+
+def measure_now() -> dict[str, Any]:
+    """One measurement."""
+    load = Load()
+    start = time.perf_counter()
+    values: dict[str, Any] = {"memory_rate": memory_rate(), "rates": product_rates()}
+    return values | {"seconds": time.perf_counter() - start, "busy": load.share(), "tries": 1}
+
+
+def better_of(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The higher rates of two measurements: whatever else a machine does only lowers them."""
+    rates = {
+        dtype: {
+            library: {
+                rows: max(rate, before["rates"].get(dtype, {}).get(library, {}).get(rows, 0.0))
+                for rows, rate in one.items()
+            }
+            for library, one in libraries.items()
+        }
+        for dtype, libraries in now["rates"].items()
+    }
+    return {
+        "memory_rate": max(before["memory_rate"], now["memory_rate"]),
+        "rates": rates,
+        "seconds": now["seconds"],
+        "busy": min(before["busy"], now["busy"]),
+        "tries": before["tries"] + 1,
+    }
 
 
 @contextmanager
@@ -174,12 +219,13 @@ def whole(stored: dict[str, Any]) -> dict[str, Any]:
     }
     numbers = [rate for one in rates.values() for more in one.values() for rate in more.values()]
     values = {name: float(stored[name]) for name in ("memory_rate", "seconds")}
+    load = {"busy": float(stored["busy"]), "tries": int(stored["tries"])}
     # A rate of every dtype may be missing but that of fp32, which each machine has.
     if not rates["fp32"]["torch"] or not all(
         0 < n < math.inf for n in [*numbers, *values.values()]
     ):
         raise ValueError("not a table of rates")
-    return {"rates": rates, **values}
+    return {"rates": rates, **values, **load}
 
 
 def machine_of(given: Mapping[str, str], threads: int, values: dict[str, Any]) -> Machine:
@@ -193,7 +239,7 @@ def machine_of(given: Mapping[str, str], threads: int, values: dict[str, Any]) -
         caps=given,
         cores=cores(),
         threads=threads,
-        **values,
+        **{name: value for name, value in values.items() if name != "tries"},
     )
 
 

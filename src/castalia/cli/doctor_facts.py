@@ -1,0 +1,170 @@
+"""What `castalia doctor` says, as plain values: FLOP/s, bytes, bytes a second."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+import castalia
+from castalia.core.extras import EXTRAS, installed_version, pip_command
+from castalia.core.files import cache_folder
+from castalia.core.native_code import chosen_compiler
+from castalia.distributed.world import choose_device
+from castalia.machine import Machine, this_machine
+from castalia.native import compiled
+from castalia.native.kernels import candidates
+from castalia.native.tuning import measured
+from castalia.recipes import load_config
+from castalia.train.timing import preferred, times_as_long
+
+REQUIRED = ("tokenizers", "safetensors", "numpy")
+"""Packages whose versions are worth a look beside torch's."""
+PIECE = "pythia-14m"
+"""The model whose piece stands for those that are trained on one machine."""
+LAYER = (8192, 1024)
+"""Channels and inputs of the layer that stands for those of a decoder. In float32 it is larger than
+the caches of most cores, as the layers of a model are together."""
+LAYER_SECONDS = 0.3
+"""Time of its products in one storage."""
+BATCHES = (1, 8)
+"""Texts that are decoded at once."""
+
+
+def examined(anew: bool) -> dict[str, Any]:
+    """All of it; `anew` measures the machine's table again."""
+    machine = this_machine(anew=anew)
+    return {
+        "versions": versions(),
+        "machine": machine_facts(machine),
+        "gpus": gpu_facts(),
+        "compiled_step": step_facts(),
+        "cache": cache_facts(),
+        "products": product_facts(machine),
+        "measured_seconds": machine.seconds,
+        "choices": [*decoding_choices(), training_choice()],
+        "extras": extra_facts(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Castalia, Python and the packages that decide about speed and formats."""
+    known: dict[str, str | None] = {
+        "castalia": castalia.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return known | {name: installed_version(name) for name in REQUIRED}
+
+
+def machine_facts(machine: Machine) -> dict[str, Any]:
+    """The processor and the memory."""
+    return {
+        "processor": machine.processor,
+        "level": machine.level,
+        "instructions": list(machine.instructions),
+        "caps": dict(machine.caps),
+        "cores": machine.cores,
+        "threads": machine.threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_rate": machine.memory_rate,
+    }
+
+
+def gpu_facts() -> list[dict[str, Any]]:
+    """Each GPU that torch finds."""
+    cards = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
+    return [{"name": card.name, "memory_bytes": card.total_memory} for card in cards]
+
+
+def step_facts() -> dict[str, Any]:
+    """Whether the compiled step runs here, and what could build it."""
+    return {"available": compiled.library() is not None, "compiler": chosen_compiler()}
+
+
+def cache_facts() -> dict[str, Any]:
+    """The user's cache folder."""
+    folder = cache_folder()
+    # What is missing can be made if the nearest folder above it can be written.
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    return {"folder": str(folder), "writable": place.is_dir() and os.access(place, os.W_OK)}
+
+
+def product_facts(machine: Machine) -> dict[str, list[dict[str, Any]]]:
+    """The table: by dtype the best library and its rate for each number of rows."""
+    table = {}
+    for dtype, libraries in machine.rates.items():
+        sizes = sorted({rows for rates in libraries.values() for rows in rates})
+        table[dtype] = [
+            {
+                "rows": rows,
+                "rate": machine.rate(dtype, rows),
+                "library": machine.library(dtype, rows),
+            }
+            for rows in sizes
+        ]
+    return table
+
+
+def decoding_choices() -> list[dict[str, Any]]:
+    """What int8 gains over fp32 in decoding, by the fastest kernel of each for one layer."""
+    times = {
+        storage: measured(LAYER, storage, tuple(candidates(storage)), LAYER_SECONDS, BATCHES)
+        for storage in ("int8", "fp32")
+    }
+    choices = []
+    for at, batch in enumerate(BATCHES):
+        best = {
+            storage: min(kernels, key=lambda name: kernels[name][at])
+            for storage, kernels in times.items()
+        }
+        seconds = {storage: times[storage][name][at] for storage, name in best.items()}
+        choices.append(
+            {
+                "for": f"decoding, batch {batch}",
+                "option": "dtype=auto",
+                "chosen": "int8",
+                "kernel": best["int8"],
+                "factor": seconds["fp32"] / seconds["int8"],
+                "than": "fp32",
+                "measured_on": f"a layer of {LAYER[0]} x {LAYER[1]}",
+            }
+        )
+    return choices
+
+
+def training_choice() -> dict[str, Any]:
+    """What `precision=auto` means here."""
+    config = load_config([PIECE])
+    factor = times_as_long(config, "fp32", "bf16", choose_device("auto", 0))
+    chosen = preferred(factor)
+    than = "fp32"
+    if chosen == "fp32":
+        factor = 1 / factor
+        than = "bf16"
+    return {
+        "for": "training",
+        "option": "precision=auto",
+        "chosen": chosen,
+        "factor": factor,
+        "than": than,
+        "measured_on": f"a piece of {PIECE}",
+    }
+
+
+def extra_facts() -> list[dict[str, Any]]:
+    """Every optional part, whether it is installed, and the command that installs it."""
+    facts = []
+    for name, extra in EXTRAS.items():
+        packages = extra.versions()
+        facts.append(
+            {
+                "name": name,
+                "gives": extra.gives,
+                "installed": None not in packages.values(),
+                "packages": packages,
+                "command": pip_command(name),
+            }
+        )
+    return facts

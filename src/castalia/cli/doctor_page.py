@@ -1,0 +1,131 @@
+"""The page of `castalia doctor`, for a terminal of any width."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from castalia.core.extras import pip_command
+from castalia.monitor.display import size_text
+
+PIPE_WIDTH = 100
+"""Columns where the output is not a terminal."""
+
+
+def print_page(found: dict[str, Any]) -> None:
+    """Print what `examined` found."""
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in console._environ:
+        console.width = PIPE_WIDTH
+    versions = found["versions"]
+    named = [f"{name} {version}" for name, version in versions.items() if version]
+    console.print(", ".join(named))
+    section(console, "This machine", pairs(machine_lines(found)))
+    section(console, "Matrix products, GFLOP/s by rows, and the library", products(found))
+    section(console, "Chosen on it", pairs(choice_lines(found["choices"])))
+    section(console, "Extras", extras(found["extras"]))
+    missing = [extra["name"] for extra in found["extras"] if not extra["installed"]]
+    if missing:
+        console.print(f"\nTo add one of them, or several: {pip_command(','.join(missing))}")
+
+
+def section(console: Console, title: str, table: Table) -> None:
+    """A title, and what stands under it."""
+    console.print(f"\n{title}", style="bold")
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def pairs(lines: Iterable[tuple[str, str]]) -> Table:
+    """Names and what is said of them."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines:
+        table.add_row(name, text)
+    return table
+
+
+def machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The processor and all around it."""
+    machine = found["machine"]
+    cache = found["cache"]
+    step = found["compiled_step"]
+    rate = machine["memory_rate"] / 1e9
+    instructions = " ".join(machine["instructions"]) or "none that kernels ask for"
+    lines = [
+        ("processor", f"{machine['processor']}, {counted(machine['cores'], 'core')}"),
+        ("threads", str(machine["threads"])),
+        ("instructions", f"{machine['level']}: {instructions}"),
+        ("memory", f"{size_text(machine['memory_bytes'])}, read at {rate:.1f} GB/s"),
+        ("GPU", ", ".join(map(gpu_text, found["gpus"])) or "none"),
+        ("compiled step", step_text(step)),
+        ("cache", cache["folder"] + ("" if cache["writable"] else ", which cannot be written")),
+    ]
+    if machine["caps"]:
+        caps = " ".join(f"{name}={value}" for name, value in machine["caps"].items())
+        lines.insert(3, ("caps", f"{caps} take instructions away"))
+    return lines
+
+
+def counted(count: int, noun: str) -> str:
+    """1 core, 2 cores."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def gpu_text(card: dict[str, Any]) -> str:
+    """One GPU."""
+    return f"{card['name']}, {size_text(card['memory_bytes'])}"
+
+
+def step_text(step: dict[str, Any]) -> str:
+    """Whether compiled code decodes, and the compiler."""
+    compiler = step["compiler"] or "no compiler found"
+    if step["available"]:
+        return f"runs ({compiler})"
+    return f"does not run, so decoding takes torch's slower operators ({compiler})"
+
+
+def products(found: dict[str, Any]) -> Table:
+    """The measured rates."""
+    table = Table(box=None, pad_edge=False, header_style="italic")
+    table.add_column("rows", no_wrap=True)
+    columns = [cell["rows"] for cell in next(iter(found["products"].values()))]
+    for rows in columns:
+        table.add_column(str(rows), justify="right", no_wrap=True)
+    for dtype, cells in found["products"].items():
+        table.add_row(dtype, *(f"{digits(cell['rate'] / 1e9)} {cell['library']}" for cell in cells))
+    return table
+
+
+def digits(value: float) -> str:
+    """0.71, 7.1, 71, 712, 7,120."""
+    if value >= 9.95:
+        return f"{value:,.0f}"
+    return f"{value:.2g}"
+
+
+def choice_lines(choices: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What `auto` means, and why."""
+    lines = []
+    for choice in choices:
+        kernel = f" by the kernel {choice['kernel']}" if "kernel" in choice else ""
+        text = (
+            f"{choice['option']} is {choice['chosen']}{kernel}, {digits(choice['factor'])} times as"
+            f" fast as {choice['than']} ({choice['measured_on']})"
+        )
+        lines.append((choice["for"], text))
+    return lines
+
+
+def extras(found: list[dict[str, Any]]) -> Table:
+    """The optional parts."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for extra in found:
+        state = "installed" if extra["installed"] else "missing"
+        table.add_row(extra["name"], state, extra["gives"])
+    return table
