@@ -42,6 +42,7 @@ def examined(anew: bool) -> dict[str, Any]:
         "cache": cache_facts(),
         "products": product_facts(machine),
         "measured_seconds": machine.seconds,
+        "busy": machine.busy,
         "choices": [*decoding_choices(), training_choice()],
         "extras": extra_facts(),
     }

@@ -1,13 +1,16 @@
 """The page of `castalia doctor`, for a terminal of any width."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from castalia.core.extras import pip_command
+from castalia.machine.table import QUIET
 from castalia.monitor.display import size_text
 
 PIPE_WIDTH = 100
@@ -16,25 +19,57 @@ PIPE_WIDTH = 100
 
 def print_page(found: dict[str, Any]) -> None:
     """Print what `examined` found."""
-    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=False)
-    if not console.is_terminal and "COLUMNS" not in console._environ:
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
+    with console.capture() as page:
+        put_page(console, found)
+    # rich fills the cells of a table with spaces to their width.
+    typer.echo("\n".join(line.rstrip() for line in page.get().splitlines()))
+
+
+def put_page(console: Console, found: dict[str, Any]) -> None:
+    """The sections, one after the other."""
     versions = found["versions"]
-    named = [f"{name} {version}" for name, version in versions.items() if version]
-    console.print(", ".join(named))
+    console.print(
+        f"castalia {versions['castalia']}, Python {versions['python']}, torch {versions['torch']}"
+    )
     section(console, "This machine", pairs(machine_lines(found)))
-    section(console, "Matrix products, GFLOP/s by rows, and the library", products(found))
-    section(console, "Chosen on it", pairs(choice_lines(found["choices"])))
+    section(console, "Matrix products: GFLOP/s and library, by rows", products(found))
+    for note in notes(found):
+        console.print(Padding(note, (0, 0, 0, 2)))
+    section(console, "Chosen by speed", pairs(choice_lines(found["choices"])))
     section(console, "Extras", extras(found["extras"]))
     missing = [extra["name"] for extra in found["extras"] if not extra["installed"]]
     if missing:
-        console.print(f"\nTo add one of them, or several: {pip_command(','.join(missing))}")
+        console.print("\nWhat is missing, or a part of it, comes with")
+        # One line, however narrow the terminal: it is to be copied.
+        console.print(f"  {pip_command(','.join(missing))}", soft_wrap=True)
 
 
 def section(console: Console, title: str, table: Table) -> None:
     """A title, and what stands under it."""
     console.print(f"\n{title}", style="bold")
-    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What is remarkable about the rates."""
+    texts = []
+    last = {dtype: cells[-1] for dtype, cells in found["products"].items()}
+    for dtype, cell in last.items():
+        slower = last["fp32"]["rate"] / cell["rate"]
+        if slower > 1:
+            texts.append(
+                f"{dtype} is slow here: {digits(slower)} times as long as fp32 at {cell['rows']}"
+                " rows."
+            )
+    if found["busy"] >= QUIET:
+        texts.append(
+            f"Other programs took {found['busy']:.0%} of the processors meanwhile, so the rates may"
+            " be too low: castalia doctor --measure in a quiet moment."
+        )
+    return texts
 
 
 def pairs(lines: Iterable[tuple[str, str]]) -> Table:
@@ -53,10 +88,11 @@ def machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     cache = found["cache"]
     step = found["compiled_step"]
     rate = machine["memory_rate"] / 1e9
-    instructions = " ".join(machine["instructions"]) or "none that kernels ask for"
+    instructions = " ".join(machine["instructions"]) or "none that make products faster"
+    cores = counted(machine["cores"], "core")
+    threads = counted(machine["threads"], "thread")
     lines = [
-        ("processor", f"{machine['processor']}, {counted(machine['cores'], 'core')}"),
-        ("threads", str(machine["threads"])),
+        ("processor", f"{machine['processor']}, {cores}, {threads}"),
         ("instructions", f"{machine['level']}: {instructions}"),
         ("memory", f"{size_text(machine['memory_bytes'])}, read at {rate:.1f} GB/s"),
         ("GPU", ", ".join(map(gpu_text, found["gpus"])) or "none"),
@@ -65,7 +101,7 @@ def machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if machine["caps"]:
         caps = " ".join(f"{name}={value}" for name, value in machine["caps"].items())
-        lines.insert(3, ("caps", f"{caps} take instructions away"))
+        lines.insert(2, ("capped by", caps))
     return lines
 
 

@@ -43,6 +43,8 @@ a CPU without instructions for it is a hundred times slower."""
 FASTER = 1.05
 """bf16 is chosen where a pass in fp32 takes this many times as long. What `auto` chooses is then
 never slower than the other by more than that."""
+MEASURING = 0.6
+"""Seconds of a precision after which no further pass of a size is made."""
 PASSES = 5
 """Passes of one size, at most; the first one compiles kernels and takes memory."""
 
@@ -203,7 +205,7 @@ def best_seconds(
     begun = time.perf_counter()
     for turn in range(PASSES):
         # Two at least: the first one warms up.
-        if turn > 1 and time.perf_counter() - begun > PATIENCE * len(precisions):
+        if turn > 1 and time.perf_counter() - begun > MEASURING * len(precisions):
             break
         # In turns, and the best of each: whatever else the machine does only adds to it, and slows
         # all of them alike.

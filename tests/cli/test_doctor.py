@@ -1,0 +1,117 @@
+"""`castalia doctor`: its page and its object, with and without extras."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from castalia.cli import doctor_facts, doctor_page
+from castalia.cli.app import app
+from castalia.core import extras
+from castalia.machine import Machine
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+MACHINE = Machine(
+    processor="Example 9000",
+    instructions=("avx2",),
+    level="x86-64-v3",
+    caps={"ATEN_CPU_CAPABILITY": "avx2"},
+    cores=2,
+    threads=1,
+    memory_rate=2.04e10,
+    rates={
+        "fp32": {"torch": {1: 5e9, 512: 9.5e10}, "onednn": {1: 4e9, 512: 1.2e11}},
+        "bf16": {"torch": {1: 9e9, 512: 2e10}},
+    },
+    seconds=2.0,
+    busy=0.0,
+)
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    """Callable: output of `castalia doctor ARGUMENTS` on a machine with known numbers."""
+    asked = []
+
+    def this_machine(*, anew):
+        asked.append(anew)
+        return MACHINE
+
+    def layer_times(shape, storage, names, seconds, rows):
+        return dict.fromkeys(names, (0.004, 0.008) if storage == "fp32" else (0.001, 0.005))
+
+    monkeypatch.setattr(doctor_facts, "this_machine", this_machine)
+    monkeypatch.setattr(doctor_facts, "measured", layer_times)
+    monkeypatch.setattr(doctor_facts, "times_as_long", lambda *_: 0.25)
+
+    def run(*arguments, columns="100"):
+        done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": columns})
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    run.asked = asked
+    return run
+
+
+def test_the_page(doctor, monkeypatch):
+    monkeypatch.setattr(extras, "version", lambda name: "1.0")
+    text = doctor()
+    assert "Example 9000, 2 cores, 1 thread\n" in text
+    assert "capped by      ATEN_CPU_CAPABILITY=avx2\n" in text and "read at 20.4 GB/s" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["rows", "1", "512"] in lines
+    assert ["fp32", "5", "torch", "120", "onednn"] in lines
+    assert "bf16 is slow here: 6 times as long as fp32 at 512 rows." in text
+    assert "dtype=auto is int8" in text and " 4 times as fast as fp32" in text
+    assert "precision=auto is fp32, 4 times as fast as bf16 (a piece of pythia-14m)" in text
+    assert "missing" not in text and "pip install" not in text and "--measure" not in text
+    assert doctor.asked == [False]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_missing_extras_have_one_command(doctor, columns, monkeypatch):
+    def version(name):
+        if name in ("openvino", "fastapi"):
+            raise extras.PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(extras, "version", version)
+    monkeypatch.setattr(doctor_page, "QUIET", -1.0)
+    text = doctor(columns=columns)
+    assert max(map(len, text.split("What is missing")[0].splitlines())) <= int(columns)
+    assert ["openvino", "missing", "the", "engine", "OpenVINO"] in map(str.split, text.splitlines())
+    assert f"comes with\n  {extras.pip_command('serve,openvino')}\n" in text
+    assert "Other programs took 0% of the processors" in " ".join(text.split())
+
+
+def test_the_object_has_all_of_it(doctor):
+    found = json.loads(doctor("--json", "--measure"))
+    assert doctor.asked == [True]
+    assert found["machine"]["memory_rate"] == 2.04e10 and found["machine"]["level"] == "x86-64-v3"
+    assert found["products"]["fp32"][1] == {"rows": 512, "rate": 1.2e11, "library": "onednn"}
+    batch_8, training = found["choices"][1:]
+    assert batch_8["for"] == "decoding, batch 8" and batch_8["factor"] == pytest.approx(1.6)
+    assert (training["chosen"], training["than"], training["factor"]) == ("fp32", "bf16", 4.0)
+    assert {extra["name"] for extra in found["extras"]} == set(extras.EXTRAS)
+    assert all(extra["name"] in extra["command"] for extra in found["extras"])
+    assert found["cache"]["writable"] in (True, False) and found["gpus"] == []
+
+
+def test_the_extras_are_those_of_the_package():
+    declared = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+
+    def packages(extra):
+        names = []
+        for need in declared[extra]:
+            if need.startswith("castalia["):
+                names += packages(need[len("castalia[") : -1])
+            else:
+                names.append(need.split(">")[0].split("=")[0])
+        return names
+
+    offered = {extra for extra, needs in declared.items() if needs} - {"test", "dev"}
+    assert set(extras.EXTRAS) == offered
+    for name, extra in extras.EXTRAS.items():
+        assert list(extra.packages) == packages(name), name
