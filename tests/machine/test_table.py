@@ -257,3 +257,16 @@ def test_the_products_are_right():
         assert error < {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02}[dtype], (dtype, library)
     assert set(rates) == {"fp32", "bf16", "int8"}
     assert all(set(one["torch"]) == set(measuring.ROWS) for one in rates.values())
+
+
+def test_a_user_without_home_or_name(tmp_path, measurements, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(table, "KEPT", {})
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("castalia.core.files.Path.home", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert this_machine().memory_rate == 2e10
+    (folder,) = tmp_path.glob("castalia-*")
+    assert list(folder.glob("machine-*.json"))

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -150,8 +151,13 @@ def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
 
 def cache_folder() -> Path:
     """Folder for files that can be rebuilt: `castalia` in XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "castalia"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "castalia"
+    try:
+        return Path.home() / ".cache" / "castalia"
+    except RuntimeError:  # a user of a container, with neither HOME nor a name
+        return Path(tempfile.gettempdir()) / f"castalia-{os.getuid()}"
 
 
 @contextmanager
