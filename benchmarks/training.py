@@ -1,32 +1,47 @@
-"""Speed and memory of a training step against transformers' model of the same family.
+"""Speed and memory of a training step against other libraries' models of the same family.
 
-    python benchmarks/training.py [--quick] [--family neox|llama] [--shapes 14m,70m]
-                                  [--seq 512,2048] [--gpu] [--json FILE]
+    python benchmarks/training.py [--level as-is|avx2|no-compiler] [--quick] [--family neox|llama]
+                                  [--shapes 14m,70m] [--seq 512,2048] [--dtypes bf16,fp32]
+                                  [--engines "castalia compiled,litgpt"] [--gpu] [--json FILE]
 
-Pythia's shapes under bf16 autocast; as LLaMA they have RMSNorm, SwiGLU of 8/3 the width, serial
-blocks, and half as many heads of keys as of queries. Every engine runs in a process of its own and
-all step in turn, so that disturbances of the machine affect all alike. Both sides have fp32
-weights, fused AdamW, the same batch and no clipping; each counts with the better of eager and
-compiled. Ratios are taken round by round; `low` and `high` are quartiles. Memory is the peak
-resident size of the faster engine's process, libraries included. A last engine is transformers
-compiled under Castalia's allocator settings, which shows how much of the ratio the settings alone
-give.
+Pythia's shapes in fp32 and under bf16 autocast, each a row with a goal of its own; as LLaMA they
+have RMSNorm, SwiGLU of 8/3 the width, serial blocks, and half as many heads of keys as of queries.
+Every engine runs in a process of its own and all step in turn, so that disturbances of the machine
+affect all alike. All have fp32 weights, fused AdamW, the same batch and no clipping. The peers are
+transformers' model, eager and compiled, litgpt's GPT under its chunked cross-entropy, and
+torchtitan's chunked loss over transformers' blocks, the last two compiled; a peer that cannot be
+imported is named as missing (`pip install --no-deps litgpt lightning lightning-utilities
+torchmetrics jsonargparse typeshed-client docstring-parser torchtitan spmd_types tyro`, best with
+`--target` and PYTHONPATH). Ratios are taken round by round; `low` and `high` are quartiles. Memory
+is the peak resident size of a process, libraries included. `--allocator` adds transformers compiled
+under Castalia's allocator settings, which shows how much of the ratio these alone give.
+
+The dtype that is slower on the machine runs fewer cases, and none where its products have less than
+a tenth of the other's rate. At a level without a compiler all engines are eager, because
+torch.compile needs one on a CPU.
 
 FLOPs of a token are 6 N + 12 L d T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N weights
 in matrix products (head included, embedding not), L layers of width d, rows of T tokens. Shares
-refer to the rate of one square bf16 product on the same machine in the same run.
+refer to the rate of one square product in the row's dtype, by the faster library, on the same
+machine in the same run. The part `attention`, which is all between the projections, counts with the
+half of its products that a causal row needs.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from levels import LEVELS, describe_level, enter, has_compiler, instructions, results_file
 from machine import describe, in_turn, matrix_rate, ratio, summary
 from worker import Worker
 
+from castalia.machine import this_machine
 from castalia.models import TransformerConfig, build_model_config
 from castalia.models.families import family_of
 from castalia.models.flops import flops_per_token
@@ -38,73 +53,166 @@ ROWS = {("14m", 512): 8, ("70m", 512): 4, ("14m", 2048): 2, ("70m", 2048): 1}
 """Rows of T tokens in a step on a CPU; 1 for other cases."""
 GPU_ROWS = {"160m": 16, "410m": 16, "1.4b": 8}
 ENGINES = {
-    "castalia eager": ("castalia", False, True),
     "castalia compiled": ("castalia", True, True),
-    "transformers eager": ("transformers", False, False),
+    "castalia eager": ("castalia", False, True),
     "transformers compiled": ("transformers", True, False),
+    "transformers eager": ("transformers", False, False),
+    "litgpt compiled": ("litgpt", True, False),
+    "litgpt eager": ("litgpt", False, False),
+    "torchtitan's loss compiled": ("torchtitan", True, False),
+    "torchtitan's loss eager": ("torchtitan", False, False),
     "transformers compiled, our allocator": ("transformers", True, True),
 }
 """Name -> library, whether compiled, whether freed memory stays with the process."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HOPELESS = 0.1
+"""A dtype whose products have less than this share of the other's rate is not run."""
+GOAL = 1.3
+"""Times the speed of transformers compiled, in the dtype that is faster on the machine."""
+GOAL_ELSEWHERE = 1.0
+"""In the other dtype."""
+ROUNDS = (3, 11)
+"""Rounds of a case, at least and at most."""
+SECONDS = 25.0
+"""Time of the rounds of a case."""
+
+
+class Case(NamedTuple):
+    """One table: a shape in one dtype, and who runs it."""
+
+    shape: str
+    seq: int
+    rows: int
+    dtype: str
+    engines: tuple[str, ...]
 
 
 def main() -> None:
     """Run every case, print a table after each, write JSON at the end."""
     options = read_options()
+    enter(options.level)
     device = "cuda" if options.gpu else "cpu"
-    machine = describe(device)
-    rates = {
-        str(dtype).removeprefix("torch."): matrix_rate(dtype, device)
-        for dtype in (torch.bfloat16, torch.float32)
-    }
-    machine["matrix_gflops"] = {name: round(rate / 1e9) for name, rate in rates.items()}
+    machine = describe(device) | describe_level(options.level)
+    rates = {name: best_rate(name, device) for name in options.dtypes}
+    machine["matrix_gflops"] = {name: round(rate / 1e9, 1) for name, rate in rates.items()}
+    machine["missing"] = missing_engines()
     print(json.dumps(machine))
-    if options.gpu:
-        cases = [(shape, 2048, GPU_ROWS.get(shape, 8)) for shape in options.shapes]
-    else:
-        cases = [
-            (shape, seq, ROWS.get((shape, seq), 1))
-            for seq in options.seq
-            for shape in options.shapes
-        ]
+    for name in machine["missing"]:
+        print(f"{name} is not installed here, and its rows are missing")
     results = []
-    for shape, seq, rows in cases:
-        results.append(run_case(shape, seq, rows, device, options))
-        print_case(results[-1], rates["bfloat16"], peak_flops(torch.device(device)))
+    for case in cases(options, rates):
+        results.append(run_case(case, device, options))
+        print_case(results[-1], rates[case.dtype], peak_flops(torch.device(device)))
+    judged = judge(results)
+    print_judgement(judged)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "cases": results}, indent=1) + "\n")
+    written = {"machine": machine, "cases": results, "goals": judged}
+    options.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="three rounds, T = 512 only, no fifth engine"
+        "--quick", action="store_true", help="14m at T = 512 in the faster dtype, compiled engines"
     )
+    parser.add_argument("--level", choices=LEVELS, default="as-is", help="instructions, compiler")
     parser.add_argument("--gpu", action="store_true", help="on CUDA: 160m, 410m, 1.4b at T = 2048")
     parser.add_argument("--family", choices=("neox", "llama"), default="neox")
-    parser.add_argument(
-        "--shapes", type=lambda text: text.split(","), help="Pythia sizes, for instance 14m,70m"
-    )
+    parser.add_argument("--shapes", type=comma, help="Pythia sizes, for instance 14m,70m")
     parser.add_argument(
         "--seq", type=lambda text: [int(t) for t in text.split(",")], help="row lengths T"
     )
+    parser.add_argument("--dtypes", type=comma, help="of bf16,fp32")
+    parser.add_argument("--engines", type=comma, help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--allocator", action="store_true", help="one more engine of transformers")
     parser.add_argument("--rounds", type=int, help="timed steps of each engine")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     options = parser.parse_args()
-    options.shapes = options.shapes or (["160m", "410m", "1.4b"] if options.gpu else ["14m", "70m"])
-    options.seq = options.seq or ([512] if options.quick else [512, 2048])
-    options.rounds = options.rounds or (3 if options.quick else 11)
+    sizes = ["14m"] if options.quick else ["14m", "70m"]
+    options.shapes = options.shapes or (["160m", "410m", "1.4b"] if options.gpu else sizes)
+    if options.seq is None:
+        options.seq = [512] if options.quick else [512, 2048]
+    if options.gpu:
+        options.seq = [2048]
+    options.dtypes = options.dtypes or (["bf16"] if options.gpu else ["bf16", "fp32"])
     name = "training" if options.family == "neox" else f"training-{options.family}"
-    options.json = options.json or HERE / "results" / (
-        f"{name}-gpu.json" if options.gpu else f"{name}.json"
-    )
-    if unknown := set(options.shapes) - set(SIZES):
-        parser.error(
-            f"unknown Pythia size {', '.join(sorted(unknown))}; choose one of {', '.join(SIZES)}"
-        )
+    level = "gpu" if options.gpu else options.level
+    options.json = options.json or results_file(HERE / "results", name, level)
+    for given, known in (
+        (options.shapes, SIZES),
+        (options.dtypes, DTYPES),
+        (options.engines or (), ENGINES),
+    ):
+        if unknown := set(given) - set(known):
+            parser.error(f"unknown {', '.join(sorted(unknown))}; choose of {', '.join(known)}")
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a CUDA device, and torch sees none")
     return options
+
+
+def comma(text: str) -> list[str]:
+    """Words between commas."""
+    return text.split(",")
+
+
+def best_rate(dtype: str, device: str) -> float:
+    """FLOP/s of a square product by the faster library."""
+    if device == "cuda":
+        return matrix_rate(DTYPES[dtype], device)
+    known = this_machine().rate(dtype, 512)
+    # A square product may take minutes where a dtype has no instructions.
+    slow = known < HOPELESS * this_machine().rate("fp32", 512)
+    return known if slow else max(known, matrix_rate(DTYPES[dtype], device))
+
+
+def missing_engines() -> list[str]:
+    """Peers that cannot be imported here."""
+    names = {"transformers": "transformers", "litgpt": "litgpt", "torchtitan": "torchtitan"}
+    return [name for name, module in names.items() if find_spec(module) is None]
+
+
+def cases(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Case]:
+    """What is run: all shapes in the faster dtype, and the short rows in the other one."""
+    fastest = max(rates, key=lambda name: rates[name])
+    order = sorted(rates, key=lambda name: -rates[name])
+    for dtype in order:
+        if rates[dtype] < HOPELESS * rates[fastest]:
+            factor = rates[fastest] / rates[dtype]
+            print(f"{dtype} is left out: its products take {factor:.0f} times as long here")
+            continue
+        if options.quick and dtype != fastest:
+            continue
+        for seq in options.seq:
+            for shape in options.shapes:
+                main_case = dtype == fastest
+                if not main_case and seq != options.seq[0]:
+                    continue
+                first = main_case and (shape, seq) == (options.shapes[0], options.seq[0])
+                rows = GPU_ROWS.get(shape, 8) if options.gpu else ROWS.get((shape, seq), 1)
+                yield Case(shape, seq, rows, dtype, engines_of(options, main_case, first))
+
+
+def engines_of(options: argparse.Namespace, main_case: bool, first: bool) -> tuple[str, ...]:
+    """Who runs a case: eager engines once, since compiled ones are faster; peers beside
+    transformers in the faster dtype."""
+    absent = set(missing_engines())
+    names = []
+    for name, (library, compiled, _) in ENGINES.items():
+        if options.engines is not None:
+            wanted = name in options.engines
+        elif "our allocator" in name:
+            wanted = options.allocator
+        elif not has_compiler():
+            wanted = not compiled
+        else:
+            eager_too = first and not options.quick and library in ("castalia", "transformers")
+            wanted = compiled or eager_too
+        if library in ("litgpt", "torchtitan") and options.engines is None:
+            wanted &= main_case
+        if wanted and library not in absent:
+            names.append(name)
+    return tuple(names)
 
 
 def config_of(shape: str, family: str) -> TransformerConfig:
@@ -120,33 +228,27 @@ def config_of(shape: str, family: str) -> TransformerConfig:
     return config
 
 
-def run_case(
-    shape: str, seq: int, rows: int, device: str, options: argparse.Namespace
-) -> dict[str, Any]:
+def run_case(one: Case, device: str, options: argparse.Namespace) -> dict[str, Any]:
     """All engines at one shape, in turn."""
-    config = config_of(shape, options.family)
-    case = {
+    config = config_of(one.shape, options.family)
+    values = {
         "model": config.model_dump(),
         "vocab_size": TOKENIZER_IDS,
         "padded_vocab_size": config.padded_vocab_size,
-        "rows": rows,
-        "seq": seq,
+        "rows": one.rows,
+        "seq": one.seq,
+        "dtype": one.dtype,
         "device": device,
-        "warmup": 2 if options.quick else 3,
+        "warmup": 2,
     }
-    names = list(ENGINES)[: 4 if options.quick or device == "cuda" else 5]
-    workers: dict[str, Worker] = {}
-    # One after the other, so that compiling does not disturb another's warm-up.
-    for name in names:
-        library, compiled, keeps = ENGINES[name]
-        workers[name] = Worker(
-            "training_engines.py",
-            case | {"engine": library, "compiled": compiled, "keeps_memory": keeps},
-        )
-        workers[name].answer()
-    times = in_turn(
-        {name: partial(worker.ask, "step") for name, worker in workers.items()}, options.rounds
-    )
+    workers = start(one.engines, values)
+    steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
+    began = time.perf_counter()
+    in_turn(steps, 1)
+    least, most = ROUNDS
+    fitting = int(SECONDS / (time.perf_counter() - began))
+    rounds = options.rounds or (2 if options.quick else min(most, max(least, fitting)))
+    times = in_turn(steps, rounds)
     memory = {name: worker.ask("memory") for name, worker in workers.items()}
     parts = {
         name: worker.ask("parts") for name, worker in workers.items() if name.startswith("castalia")
@@ -155,23 +257,42 @@ def run_case(
         worker.tell("stop")
         worker.process.wait()
     facts = {
-        "shape": shape,
+        "shape": one.shape,
         "family": options.family,
-        "rows": rows,
-        "seq": seq,
-        "flops_per_token": flops_per_token(config, seq),
+        "rows": one.rows,
+        "seq": one.seq,
+        "dtype": one.dtype,
+        "instructions": "cuda" if options.gpu else instructions(this_machine()),
+        "rounds": rounds,
+        "flops_per_token": flops_per_token(config, one.seq),
     }
-    return facts | compare(config, rows * seq, times, memory, parts)
+    return facts | compare(config, one, times, memory, parts)
+
+
+def start(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Worker]:
+    """The engines, ready, by name."""
+    workers: dict[str, Worker] = {}
+    # Two at once: compiling has a thread or two, and warm-up steps are not timed.
+    for first in range(0, len(names), 2):
+        pair = names[first : first + 2]
+        for name in pair:
+            library, compiled, keeps = ENGINES[name]
+            engine = {"engine": library, "compiled": compiled, "keeps_memory": keeps}
+            workers[name] = Worker("training_engines.py", values | engine)
+        for name in pair:
+            workers[name].answer()
+    return workers
 
 
 def compare(
     config: TransformerConfig,
-    tokens: int,
+    one: Case,
     times: dict[str, list[float]],
     memory: dict[str, dict[str, int]],
     parts: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """Tokens/s of all engines, the better of each side, ratios, and Castalia's time by part."""
+    """Tokens/s of all engines, ratios to each peer, and Castalia's time by part."""
+    tokens = one.rows * one.seq
     engines = {
         name: {
             "tokens_per_second": summary(tokens / t for t in seconds),
@@ -181,76 +302,122 @@ def compare(
         }
         for name, seconds in times.items()
     }
-    # Without the engine under Castalia's allocator, which is not what users of transformers run.
-    plain = [name for name in times if "our allocator" not in name]
-    ours, theirs = (
-        min((n for n in plain if n.startswith(side)), key=lambda n: engines[n]["seconds"]["median"])
-        for side in ("castalia", "transformers")
-    )
-    total = engines[ours]["seconds"]["median"]
-    spent = parts[ours] | {"other": total - sum(parts[ours].values())}
+    own = [name for name in times if name.startswith("castalia")]
+    if not own:
+        return {"engines": engines, "ours": None, "ratios": {}, "memory_ratios": {}, "parts": {}}
+    ours = min(own, key=lambda name: engines[name]["seconds"]["median"])
+    others = [name for name in times if name not in own]
+    total = sum(parts[ours].values())
     return {
         "engines": engines,
         "ours": ours,
-        "theirs": theirs,
-        "speed_ratio": ratio(times[theirs], times[ours]),
-        "speed_ratio_with_our_allocator": {
-            name: ratio(seconds, times[ours])
-            for name, seconds in times.items()
-            if "our allocator" in name
+        "ratios": {name: ratio(times[name], times[ours]) for name in others},
+        "memory_ratios": {
+            name: engines[ours]["peak_gb"] / engines[name]["peak_gb"] for name in others
         },
-        "memory_ratio": engines[ours]["peak_gb"] / engines[theirs]["peak_gb"],
-        "memory_ratio_above_imports": engines[ours]["above_imports_gb"]
-        / engines[theirs]["above_imports_gb"],
         "parts": {
-            name: {"seconds": s, "share": s / total, "flops": part_flops(config, name, tokens)}
-            for name, s in spent.items()
+            name: {
+                "seconds": s,
+                "share": s / total,
+                "flops": part_flops(config, name, tokens, one.seq),
+            }
+            for name, s in parts[ours].items()
         },
+        "parts_step_seconds": total,
     }
 
 
-def part_flops(config: TransformerConfig, part: str, tokens: int) -> int:
-    """FLOPs of a part of a step: its share of 6 N, without attention's products over T."""
-    weights = {"head": config.padded_vocab_size * config.hidden_size, "attention": 0, "mlp": 0}
-    for linear in family_of(config).parts(config).linears:
-        place = "mlp" if linear.role.startswith("mlp") else "attention"
-        weights[place] += config.num_layers * linear.outputs * linear.inputs
-    return 6 * weights.get(part, 0) * tokens
+def part_flops(config: TransformerConfig, part: str, tokens: int, seq: int) -> int:
+    """FLOPs of a part of a step: its share of 6 N, or attention's causal products over T."""
+    if part == "head":
+        return 6 * config.padded_vocab_size * config.hidden_size * tokens
+    if part == "attention":
+        width = config.num_attention_heads * config.head_dim
+        return 6 * config.num_layers * width * seq * tokens
+    if part == "rest of the blocks":
+        linears = family_of(config).parts(config).linears
+        weights = sum(linear.outputs * linear.inputs for linear in linears)
+        return 6 * config.num_layers * weights * tokens
+    return 0
 
 
 def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
     """The table of one case."""
     name = "Pythia" if case["family"] == "neox" else "LLaMA of Pythia"
-    print(f"\n{name}-{case['shape']}, {case['rows']} x {case['seq']} tokens")
+    print(f"\n{name}-{case['shape']}, {case['rows']} x {case['seq']} tokens, {case['dtype']}")
+    print(f"instructions: {case['instructions']}; {rate / 1e9:.0f} GFLOP/s")
     print(
         f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}"
-        f"{'- imports':>11}"
+        f"{'- imports':>11}{'ours is':>9}"
     )
     for name, engine in case["engines"].items():
         speed = engine["tokens_per_second"]
         share = speed["median"] * case["flops_per_token"] / rate
+        times = ""
+        if name in case["ratios"]:
+            times = f"{case['ratios'][name]['median']:>8.2f}x"
         print(
             f"{name:<40}{speed['median']:>10,.0f}{speed['low']:>9,.0f}..{speed['high']:<7,.0f}"
-            f"{share:>15.0%}{engine['peak_gb']:>10.2f}{engine['above_imports_gb']:>11.2f}"
+            f"{share:>15.0%}{engine['peak_gb']:>10.2f}{engine['above_imports_gb']:>11.2f}{times}"
         )
         if peak:
             print(f"{'':<40}MFU {speed['median'] * case['flops_per_token'] / peak:.1%}")
-    r = case["speed_ratio"]
-    print(
-        f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as"
-        f" {case['theirs']}, with {case['memory_ratio']:.2f} of its memory,"
-        f" {case['memory_ratio_above_imports']:.2f} above the imports"
-    )
-    for name, other in case["speed_ratio_with_our_allocator"].items():
-        print(
-            f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast"
-            f" as {name}"
-        )
     for name, part in case["parts"].items():
         share = ""
         if part["flops"]:
             share = f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate"
-        print(f"  {name:<10}{part['seconds'] * 1e3:>8.0f} ms {part['share']:>5.0%}{share}")
+        print(f"  {name:<20}{part['seconds'] * 1e3:>8.0f} ms {part['share']:>5.0%}{share}")
+
+
+def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case with its goal: the ratio to the best of transformers, and to every peer."""
+    speeds = {
+        (case["shape"], case["seq"], case["dtype"]): case["engines"][case["ours"]][
+            "tokens_per_second"
+        ]["median"]
+        for case in results
+        if case["ours"]
+    }
+    judged = []
+    for case in results:
+        peers = {name: r for name, r in case["ratios"].items() if "our allocator" not in name}
+        if not peers:
+            continue
+        own = speeds[case["shape"], case["seq"], case["dtype"]]
+        rivals = [speed for key, speed in speeds.items() if key[:2] == (case["shape"], case["seq"])]
+        faster = own >= max(rivals)
+        theirs = [r["median"] for name, r in peers.items() if name.startswith("transformers")]
+        goal = GOAL if faster else GOAL_ELSEWHERE
+        judged.append(
+            {
+                "shape": case["shape"],
+                "seq": case["seq"],
+                "dtype": case["dtype"],
+                "faster_dtype": faster,
+                "tokens_per_second": own,
+                "over_transformers": min(theirs, default=None),
+                "over_best_peer": min(r["median"] for r in peers.values()),
+                "goal": goal,
+                "reached": min(theirs, default=goal) >= goal
+                and all(r["median"] > 1.0 for r in peers.values()),
+                "instructions": case["instructions"],
+            }
+        )
+    return judged
+
+
+def print_judgement(judged: list[dict[str, Any]]) -> None:
+    """The goals, one line a case."""
+    print(f"\n{'case':<22}{'tokens/s':>10}{'/ transformers':>16}{'/ best peer':>13}{'goal':>6}")
+    for row in judged:
+        case = f"{row['shape']}, T {row['seq']}, {row['dtype']}"
+        over = row["over_transformers"]
+        shown = "" if over is None else f"{over:.2f}"
+        word = "reached" if row["reached"] else "missed"
+        print(
+            f"{case:<22}{row['tokens_per_second']:>10,.0f}{shown:>16}{row['over_best_peer']:>13.2f}"
+            f"{row['goal']:>6.1f} {word}; {row['instructions']}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The engines of benchmarks/training.py: each a process that answers a word with one line of JSON.
 
-Words: `step` (seconds of one step), `parts` (Castalia: seconds of head, optimizer, attention and
-MLP), `memory`, `stop`.
+Words: `step` (seconds of one step), `parts` (Castalia: seconds of the parts of a step), `memory`,
+`stop`.
 """
 
 import json
-import statistics
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def main(case: dict[str, Any]) -> None:
     serve(lambda: ENGINES[case["engine"]](case), words)
 
 
+OPERATORS = ("castalia::causal_attention", "castalia::causal_attention_backward")
+"""Names under which the profiler has the attention of Castalia on a CPU."""
+
+
+TRANSFORMERS = (
+    "transformers.models.gpt_neox",
+    "transformers.models.llama",
+    "castalia.checkpoint.hf",
+)
+"""What transformers' models are imported from, and what writes their configs."""
+
+
 class Engine(ABC):
     """Base of both sides: the batch, the clock and the memory."""
 
@@ -43,6 +56,7 @@ class Engine(ABC):
     def __init__(self, case: dict[str, Any]) -> None:
         self.case = case
         self.device = case["device"]
+        self.dtype = case["dtype"]
         self.imported = resident_bytes()
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(
@@ -55,11 +69,15 @@ class Engine(ABC):
     def loss(self) -> Tensor:
         """Mean loss of the batch."""
 
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Autocast in bf16, or none in fp32."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bf16")
+
     def step(self) -> float:
         """Seconds of forward, backward and update."""
 
         def work() -> None:
-            with torch.autocast(self.device, torch.bfloat16):
+            with self.arithmetic():
                 loss = self.loss()
             loss.backward()
             del loss
@@ -84,7 +102,7 @@ class Castalia(Engine):
         keep_freed_memory()
         from castalia.data import Batch
         from castalia.distributed import initialize
-        from castalia.losses import NextToken, Scored
+        from castalia.losses import NextToken
         from castalia.models import Decoder
         from castalia.models.families import build_model_config, family_of
         from castalia.models.init import start_weights
@@ -103,117 +121,212 @@ class Castalia(Engine):
             self.model, Rules(config, family_of(self.model.config).no_decay)
         ).optimizers.values()
         self.next_token = NextToken()
-        self.scored = partial(Scored.by, self.model, compiled=case["compiled"])
         place = torch.zeros(case["rows"], dtype=torch.int64, device=self.device)
         self.batch = Batch(tokens=self.tokens, labels=self.labels, source=place.int(), index=place)
 
     def loss(self) -> Tensor:
         """Sum over the targets divided by their number."""
-        return self.next_token(self.scored(self.batch), self.batch).total / self.labels.numel()
+        return self.head(self.model(self.tokens))
 
-    def parts(self) -> dict[str, float]:
-        """Seconds of each part of one step, forward and backward, at the shapes of the step.
+    def head(self, hidden_BTC: Tensor) -> Tensor:
+        """The loss of the model's output; both gradients of the head are computed here."""
+        from castalia.losses import Scored
 
-        Head, update and the stack of blocks are timed separately, the blocks as the step runs them.
-        Attention and MLP, each with its norm, are then timed uncompiled, which divides the time of
-        the blocks in proportion.
+        scored = Scored(hidden_BTC, self.model, compiled=self.case["compiled"])
+        return self.next_token(scored, self.batch).total / self.labels.numel()
+
+    def parts(self, rounds: int = 3) -> dict[str, float]:
+        """Seconds of each part of one step, of the fastest of `rounds` steps.
+
+        All are read off the same step, so that they add up to it whatever the machine does: three
+        intervals of the clock, and in the two of the blocks the time inside of the operator of
+        attention. On a GPU attention stays in the blocks.
         """
-        from castalia.losses.cross_entropy import fused_cross_entropy
+        steps = [self.parts_of_step() for _ in range(rounds)]
+        return min(steps, key=lambda parts: sum(parts.values()))
 
-        context = self.model.context(self.tokens, None, None, None)
-        layers = self.model.layers
-        block = layers[0]
-        with torch.autocast(self.device, torch.bfloat16):
-            hidden_BTC = self.model(self.tokens).detach().requires_grad_()
-        hidden = hidden_BTC.detach().flatten(0, 1).requires_grad_()
-        labels = self.labels.flatten()
-
-        def head() -> Tensor:
-            compiled = self.case["compiled"]
-            return fused_cross_entropy(
-                hidden, self.model.head_weight, labels, compiled=compiled
-            ).total
-
-        def stack() -> Tensor:
-            x = hidden_BTC
-            for layer in layers:
-                x = layer(x, context)
-            return x
-
-        seconds_of = {"head": self.both_ways(head)}
-        blocks = self.both_ways(stack)
-        attention = self.both_ways(lambda: block.attn(block.norm1(hidden_BTC), context))
-        mlp = self.both_ways(lambda: block.mlp(block.norm2(hidden_BTC)))
-        seconds_of["attention"] = blocks * attention / (attention + mlp)
-        seconds_of["mlp"] = blocks - seconds_of["attention"]
-        return seconds_of | {"optimizer": self.update_seconds()}
-
-    def both_ways(self, forward: Callable[[], Tensor], rounds: int = 4) -> float:
-        """Median seconds of `forward` and its backward pass from ones, without the first round."""
-
-        def work() -> None:
-            with torch.autocast(self.device, torch.bfloat16):
-                y = forward()
-            y.backward(torch.ones_like(y))
-
-        times = []
-        for _ in range(rounds):
-            times.append(seconds(work, self.device))
-            self.optimizer.zero_grad(set_to_none=True)
-        return statistics.median(times[1:])
-
-    def update_seconds(self, rounds: int = 4) -> float:
-        """Median seconds of the update after a real backward pass, without the first round."""
-
-        def update() -> None:
+    def parts_of_step(self) -> dict[str, float]:
+        """The parts of one more step."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as seen:
+            began = self.now()
+            with self.arithmetic():
+                hidden = self.model(self.tokens)
+                blocks_done = self.now()
+                loss = self.head(hidden)
+            head_done = self.now()
+            loss.backward()
+            del loss, hidden
+            backward_done = self.now()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            ended = self.now()
+        attention = 0.0
+        if self.device == "cpu":
+            attention = 1e-6 * sum(
+                event.cpu_time_total for event in seen.key_averages() if event.key in OPERATORS
+            )
+        blocks = (blocks_done - began) + (backward_done - head_done)
+        return {
+            "head": head_done - blocks_done,
+            "attention": attention,
+            "rest of the blocks": blocks - attention,
+            "optimizer": ended - backward_done,
+        }
 
-        times = []
-        for _ in range(rounds):
-            with torch.autocast(self.device, torch.bfloat16):
-                loss = self.loss()
-            loss.backward()
-            del loss
-            times.append(seconds(update, self.device))
-        return statistics.median(times[1:])
+    def now(self) -> float:
+        """The clock, after whatever a GPU still does."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-class Transformers(Engine):
-    """transformers' model as users train it: its own loss, fused AdamW, compiled as a whole."""
+class Peer(Engine):
+    """Another library's model with fused AdamW over all of its weights."""
+
+    modules: tuple[str, ...]
+    """What its classes come from."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         if case["keeps_memory"]:
             from castalia.core.memory import keep_freed_memory
 
             keep_freed_memory()
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from castalia.checkpoint.hf import hf_config
-        from castalia.models.families import build_model_config
-
+        # Before the memory after the imports is read.
+        for name in self.modules:
+            import_module(name)
         super().__init__(case)
-        values = hf_config(build_model_config(case["model"], "a benchmark"), end_ids=(0,))
-        values |= {"use_cache": False, "torch_dtype": "float32"}
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        self.model = model.to(self.device).train()
+        self.model = self.build().to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
         )
-        self.forward = self.model
-        if case["compiled"]:
-            self.forward = torch.compile(self.model, dynamic=False)
+
+    @abstractmethod
+    def build(self) -> Any:
+        """The model with fp32 weights."""
+
+    def compiled(self, module: Any) -> Any:
+        """The module as a whole, compiled if the case says so."""
+        if self.case["compiled"]:
+            return torch.compile(module, dynamic=False)
+        return module
+
+
+class Transformers(Peer):
+    """transformers' model as users train it: its own loss, compiled as a whole."""
+
+    modules = TRANSFORMERS
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__(case)
+        self.forward = self.compiled(self.model)
+
+    def build(self) -> Any:
+        """With torch's own attention."""
+        return transformers_model(self.case)
 
     def loss(self) -> Tensor:
         """Its own mean loss, which shifts the labels itself and so has one target per row less."""
         return self.forward(input_ids=self.tokens, labels=self.tokens).loss
 
 
+class LitGPT(Peer):
+    """litgpt's GPT under its chunked cross-entropy, as its `pretrain` has it."""
+
+    modules = ("litgpt.model", "litgpt.utils")
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__(case)
+        from litgpt.utils import chunked_cross_entropy
+
+        self.forward = self.compiled(self.model)
+        self.cross_entropy = chunked_cross_entropy
+
+    def build(self) -> Any:
+        """Its model of the same sizes."""
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        return GPT(Config(**litgpt_values(self.case)))
+
+    def loss(self) -> Tensor:
+        """Mean over the targets."""
+        return self.cross_entropy(self.forward(self.tokens), self.labels)
+
+
+class Torchtitan(Peer):
+    """torchtitan's chunked loss, in its own code, over transformers' blocks.
+
+    torchtitan has no model of these families. As in its trainer the blocks are compiled, the loss
+    of a chunk is compiled apart, and the head runs chunk by chunk.
+    """
+
+    modules = (*TRANSFORMERS, "torchtitan.components.loss", "torchtitan.config")
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__(case)
+        from torchtitan.components.loss import ChunkedLossWrapper
+        from torchtitan.config import CompileConfig
+
+        self.forward = self.compiled(self.model.base_model)
+        compiling = CompileConfig(enable=case["compiled"], components=["loss"])
+        self.chunked = ChunkedLossWrapper.Config().build(compile_config=compiling)
+        self.chunked.set_lm_head(self.model.get_output_embeddings())
+        self.count = torch.tensor(float(self.labels.numel()), device=self.device)
+
+    def build(self) -> Any:
+        """transformers' model, whose head the loss applies itself."""
+        return transformers_model(self.case)
+
+    def loss(self) -> Tensor:
+        """Sum over the targets divided by their number."""
+        hidden = self.forward(input_ids=self.tokens).last_hidden_state.flatten(0, 1)
+        loss, _ = self.chunked(hidden, self.labels.flatten(), self.count)
+        return loss
+
+
+def transformers_model(case: dict[str, Any]) -> Any:
+    """transformers' model of the case, random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from castalia.checkpoint.hf import hf_config
+    from castalia.models.families import build_model_config
+
+    values = hf_config(build_model_config(case["model"], "a benchmark"), end_ids=(0,))
+    values |= {"use_cache": False, "torch_dtype": "float32"}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def litgpt_values(case: dict[str, Any]) -> dict[str, Any]:
+    """The case in litgpt's words: Pythia's blocks or LLaMA's."""
+    from castalia.models.families import build_model_config
+
+    config: Any = build_model_config(case["model"], "a benchmark")
+    llama = config.family == "llama"
+    return {
+        "block_size": case["seq"],
+        "n_layer": config.num_layers,
+        "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads,
+        "n_query_groups": config.kv_heads,
+        "vocab_size": case["vocab_size"],
+        "padded_vocab_size": case["padded_vocab_size"],
+        "rotary_percentage": 1.0 if llama else 0.25,
+        "parallel_residual": not llama,
+        "bias": not llama,
+        "norm_class_name": "RMSNorm" if llama else "LayerNorm",
+        "mlp_class_name": "LLaMAMLP" if llama else "GptNeoxMLP",
+        "intermediate_size": config.ffn_size,
+    }
+
+
 ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
     "castalia": Castalia,
     "transformers": Transformers,
+    "litgpt": LitGPT,
+    "torchtitan": Torchtitan,
 }
 
 

@@ -1,0 +1,71 @@
+"""Instruction levels of a benchmark: one machine as it is, as an older one, and without a compiler.
+
+The variables must stand before torch is imported, because its libraries read them as they load; a
+benchmark that is given `--level` therefore starts itself again with them.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from castalia.machine import Machine, this_machine
+
+LEVELS: dict[str, dict[str, str]] = {
+    "as-is": {},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "CASTALIA_ISA": "x86-64-v3",
+    },
+    "no-compiler": {"CASTALIA_CXX": "none", "CXX": "none"},
+}
+"""Name -> the variables of all processes of the benchmark."""
+ENTERED = "CASTALIA_BENCHMARK_LEVEL"
+"""Set in the process that runs at a level."""
+
+
+def enter(level: str) -> None:
+    """Go on at a level: in this process if it has the variables, else in its own place anew."""
+    if os.environ.get(ENTERED) == level:
+        return
+    values = LEVELS[level]
+    if values or ENTERED in os.environ:
+        os.environ.update(values | {ENTERED: level})
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds what it needs on a CPU."""
+    wanted = os.environ.get("CXX", "g++")
+    return shutil.which(wanted) is not None
+
+
+def results_file(folder: Path, name: str, level: str) -> Path:
+    """Where the numbers of a level go."""
+    return folder / f"{name}-{level}.json"
+
+
+def instructions(machine: Machine) -> str:
+    """The level and the instructions that kernels may use, in one line."""
+    return " ".join((machine.level, *machine.instructions))
+
+
+def describe_level(level: str) -> dict[str, object]:
+    """The level, what kernels may use at it, and the measured rates, for the JSON of a run."""
+    machine = this_machine()
+    return {
+        "level": level,
+        "instructions": instructions(machine),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_rate_gb": round(machine.memory_rate / 1e9, 1),
+        "product_gflops": {
+            dtype: {
+                library: {rows: round(rate / 1e9, 1) for rows, rate in rates.items()}
+                for library, rates in libraries.items()
+            }
+            for dtype, libraries in machine.rates.items()
+        },
+    }
