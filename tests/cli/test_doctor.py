@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from castalia.cli import doctor_facts, doctor_page
+from castalia.cli import doctor_choices, doctor_facts, doctor_page
 from castalia.cli.app import app
 from castalia.core import extras
 from castalia.machine import Machine
@@ -39,12 +39,15 @@ def doctor(monkeypatch):
         asked.append(anew)
         return MACHINE
 
-    def layer_times(shape, storage, names, seconds, rows):
-        return dict.fromkeys(names, (0.004, 0.008) if storage == "fp32" else (0.001, 0.005))
+    def best_times(works):
+        for work in works.values():
+            work()
+        return {"auto": 2e-3, "fp32": 8e-3}
 
     monkeypatch.setattr(doctor_facts, "this_machine", this_machine)
-    monkeypatch.setattr(doctor_facts, "measured", layer_times)
-    monkeypatch.setattr(doctor_facts, "times_as_long", lambda *_: 0.25)
+    monkeypatch.setattr(doctor_choices, "best_times", best_times)
+    monkeypatch.setattr(doctor_choices, "SIZES", {"num_layers": 1, "vocab_size": 512})
+    monkeypatch.setattr(doctor_choices, "times_as_long", lambda *_: 0.25)
 
     def run(*arguments, columns="100"):
         done = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": columns})
@@ -64,7 +67,8 @@ def test_the_page(doctor, monkeypatch):
     assert ["rows", "1", "512"] in lines
     assert ["fp32", "5", "torch", "120", "onednn"] in lines
     assert "bf16 is slow here: 6 times as long as fp32 at 512 rows." in text
-    assert "dtype=auto is int8" in text and " 4 times as fast as fp32" in text
+    assert "decoding 8 texts at once  dtype=auto is int8 by " in text
+    assert " 4 times as fast as dtype=fp32" in " ".join(text.split())
     assert "precision=auto is fp32, 4 times as fast as bf16 (a piece of pythia-14m)" in text
     assert "missing" not in text and "pip install" not in text and "--measure" not in text
     assert doctor.asked == [False]
@@ -73,7 +77,7 @@ def test_the_page(doctor, monkeypatch):
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_missing_extras_have_one_command(doctor, columns, monkeypatch):
     def version(name):
-        if name in ("openvino", "fastapi"):
+        if name in ("openvino", "fastapi", "gigatoken"):
             raise extras.PackageNotFoundError
         return "1.0"
 
@@ -83,7 +87,23 @@ def test_missing_extras_have_one_command(doctor, columns, monkeypatch):
     assert max(map(len, text.split("What is missing")[0].splitlines())) <= int(columns)
     assert ["openvino", "missing", "the", "engine", "OpenVINO"] in map(str.split, text.splitlines())
     assert f"comes with\n  {extras.pip_command('serve,openvino')}\n" in text
+    assert "comes with\n  pip install gigatoken orjson\n" in text
     assert "Other programs took 0% of the processors" in " ".join(text.split())
+
+
+def test_a_choice_that_is_slower_is_told():
+    choice = doctor_choices.choice("scoring", "bf16", {"auto": 0.5, "fp32": 0.2})
+    ((name, text),) = doctor_page.choice_lines([choice])
+    assert name == "scoring"
+    assert text.startswith("dtype=auto is bf16, and takes 2.5 times as long as dtype=fp32 (a piece")
+
+
+def test_pieces_are_timed_in_turns():
+    asked = []
+    works = {"auto": lambda: asked.append("auto"), "fp32": lambda: asked.append("fp32")}
+    times = doctor_choices.best_times(works)
+    assert asked == ["auto", "fp32"] * (1 + doctor_choices.ROUNDS)
+    assert all(0 <= seconds < 10 for seconds in times.values())
 
 
 def test_the_object_has_all_of_it(doctor):
@@ -91,8 +111,10 @@ def test_the_object_has_all_of_it(doctor):
     assert doctor.asked == [True]
     assert found["machine"]["memory_rate"] == 2.04e10 and found["machine"]["level"] == "x86-64-v3"
     assert found["products"]["fp32"][1] == {"rows": 512, "rate": 1.2e11, "library": "onednn"}
-    batch_8, training = found["choices"][1:]
-    assert batch_8["for"] == "decoding, batch 8" and batch_8["factor"] == pytest.approx(1.6)
+    *decoding, scoring, training = found["choices"]
+    assert [one["for"] for one in decoding] == ["decoding 1 text", "decoding 8 texts at once"]
+    assert decoding[1]["factor"] == 4.0 and decoding[1]["chosen"].startswith("int8")
+    assert scoring["chosen"] in ("int8", "bf16", "fp32")
     assert (training["chosen"], training["than"], training["factor"]) == ("fp32", "bf16", 4.0)
     assert {extra["name"] for extra in found["extras"]} == set(extras.EXTRAS)
     assert all(extra["name"] in extra["command"] for extra in found["extras"])
@@ -111,7 +133,7 @@ def test_the_extras_are_those_of_the_package():
                 names.append(need.split(">")[0].split("=")[0])
         return names
 
-    offered = {extra for extra, needs in declared.items() if needs} - {"test", "dev"}
+    offered = {extra for extra, needs in declared.items() if needs} - {"test", "dev", "fast"}
     assert set(extras.EXTRAS) == offered
     for name, extra in extras.EXTRAS.items():
         assert list(extra.packages) == packages(name), name

@@ -7,28 +7,15 @@ from typing import Any
 import torch
 
 import castalia
+from castalia.cli.doctor_choices import choices
 from castalia.core.extras import EXTRAS, installed_version, pip_command
 from castalia.core.files import cache_folder
 from castalia.core.native_code import chosen_compiler
-from castalia.distributed.world import choose_device
 from castalia.machine import Machine, this_machine
 from castalia.native import compiled
-from castalia.native.kernels import candidates
-from castalia.native.tuning import measured
-from castalia.recipes import load_config
-from castalia.train.timing import preferred, times_as_long
 
-REQUIRED = ("tokenizers", "safetensors", "numpy")
+NAMED = ("numpy", "tokenizers", "safetensors", "gigatoken", "orjson")
 """Packages whose versions are worth a look beside torch's."""
-PIECE = "pythia-14m"
-"""The model whose piece stands for those that are trained on one machine."""
-LAYER = (8192, 1024)
-"""Channels and inputs of the layer that stands for those of a decoder. In float32 it is larger than
-the caches of most cores, as the layers of a model are together."""
-LAYER_SECONDS = 0.3
-"""Time of its products in one storage."""
-BATCHES = (1, 8)
-"""Texts that are decoded at once."""
 
 
 def examined(anew: bool) -> dict[str, Any]:
@@ -43,7 +30,7 @@ def examined(anew: bool) -> dict[str, Any]:
         "products": product_facts(machine),
         "measured_seconds": machine.seconds,
         "busy": machine.busy,
-        "choices": [*decoding_choices(), training_choice()],
+        "choices": choices(),
         "extras": extra_facts(),
     }
 
@@ -55,7 +42,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    return known | {name: installed_version(name) for name in REQUIRED}
+    return known | {name: installed_version(name) for name in NAMED}
 
 
 def machine_facts(machine: Machine) -> dict[str, Any]:
@@ -106,52 +93,6 @@ def product_facts(machine: Machine) -> dict[str, list[dict[str, Any]]]:
             for rows in sizes
         ]
     return table
-
-
-def decoding_choices() -> list[dict[str, Any]]:
-    """What int8 gains over fp32 in decoding, by the fastest kernel of each for one layer."""
-    times = {
-        storage: measured(LAYER, storage, tuple(candidates(storage)), LAYER_SECONDS, BATCHES)
-        for storage in ("int8", "fp32")
-    }
-    choices = []
-    for at, batch in enumerate(BATCHES):
-        best = {
-            storage: min(kernels, key=lambda name: kernels[name][at])
-            for storage, kernels in times.items()
-        }
-        seconds = {storage: times[storage][name][at] for storage, name in best.items()}
-        choices.append(
-            {
-                "for": f"decoding, batch {batch}",
-                "option": "dtype=auto",
-                "chosen": "int8",
-                "kernel": best["int8"],
-                "factor": seconds["fp32"] / seconds["int8"],
-                "than": "fp32",
-                "measured_on": f"a layer of {LAYER[0]} x {LAYER[1]}",
-            }
-        )
-    return choices
-
-
-def training_choice() -> dict[str, Any]:
-    """What `precision=auto` means here."""
-    config = load_config([PIECE])
-    factor = times_as_long(config, "fp32", "bf16", choose_device("auto", 0))
-    chosen = preferred(factor)
-    than = "fp32"
-    if chosen == "fp32":
-        factor = 1 / factor
-        than = "bf16"
-    return {
-        "for": "training",
-        "option": "precision=auto",
-        "chosen": chosen,
-        "factor": factor,
-        "than": than,
-        "measured_on": f"a piece of {PIECE}",
-    }
 
 
 def extra_facts() -> list[dict[str, Any]]:

@@ -40,6 +40,9 @@ def put_page(console: Console, found: dict[str, Any]) -> None:
         console.print(Padding(note, (0, 0, 0, 2)))
     section(console, "Chosen by speed", pairs(choice_lines(found["choices"])))
     section(console, "Extras", extras(found["extras"]))
+    if versions["gigatoken"] is None:
+        console.print("\nWithout gigatoken text becomes tokens several times slower; it comes with")
+        console.print("  pip install gigatoken orjson", soft_wrap=True)
     missing = [extra["name"] for extra in found["extras"] if not extra["installed"]]
     if missing:
         console.print("\nWhat is missing, or a part of it, comes with")
@@ -146,10 +149,13 @@ def choice_lines(choices: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What `auto` means, and why."""
     lines = []
     for choice in choices:
-        kernel = f" by the kernel {choice['kernel']}" if "kernel" in choice else ""
+        factor = choice["factor"]
+        gain = f", {digits(factor)} times as fast as"
+        if factor < 1:
+            gain = f", and takes {digits(1 / factor)} times as long as"
         text = (
-            f"{choice['option']} is {choice['chosen']}{kernel}, {digits(choice['factor'])} times as"
-            f" fast as {choice['than']} ({choice['measured_on']})"
+            f"{choice['option']} is {choice['chosen']}{gain} {choice['than']}"
+            f" ({choice['measured_on']})"
         )
         lines.append((choice["for"], text))
     return lines

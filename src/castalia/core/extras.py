@@ -45,7 +45,6 @@ EXTRAS = {
     "parquet": Extra("text and rows in Parquet files", ("pyarrow",)),
     "http": Extra("text from a URL", ("aiohttp",)),
     "chat": Extra("chat templates", ("jinja2",)),
-    "fast": Extra("text to tokens several times as fast", ("gigatoken", "orjson")),
     "spm": Extra("SentencePiece tokenizers", ("sentencepiece",)),
     "ftfy": Extra("repair of broken Unicode", ("ftfy",)),
     "dedup": Extra("near-duplicate documents", ("datasketch",)),
@@ -54,7 +53,8 @@ EXTRAS = {
     "optim": Extra("more optimizers, fp8", ("pytorch-optimizer", "torchao")),
     "ray": Extra("tokenizing on a Ray cluster", ("ray",)),
 }
-"""The extras of pyproject.toml but those for developers, in the order of use."""
+"""The extras of pyproject.toml but those for developers, in the order of use. `fast` is left out:
+its packages belong to every installation for which they have wheels."""
 
 
 def installed_version(package: str) -> str | None:
