@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 
 import pytest
@@ -18,7 +19,14 @@ from castalia.checkpoint import (
 from castalia.checkpoint import save as save_module
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.load import read_text
-from castalia.checkpoint.manifest import DTYPES, read_manifest, reading
+from castalia.checkpoint.manifest import (
+    DTYPES,
+    Chunk,
+    DamagedCheckpointError,
+    read_manifest,
+    reading,
+)
+from castalia.checkpoint.shards import ChunkPart, read_pieces, write_shard
 from castalia.core.errors import CheckpointError
 from castalia.core.hashed_file import HashedFile
 
@@ -331,3 +339,31 @@ def test_tensors_that_cannot_be_saved(tmp_path, tensors, message):
 def test_remote_folders_are_refused_at_once():
     with pytest.raises(CheckpointError, match=r"need a local folder, got s3://bucket/run"):
         Store("s3://bucket/run")
+
+
+def test_a_share_is_spread_over_files_for_several_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module, "LEAST_SHARD_BYTES", 40)
+    tensors = {f"model.{index:02}": torch.full((10,), float(index)) for index in range(16)}
+    store = Store(tmp_path)
+    store.save(1, tensors, {}, asynchronous=False)
+    chunks = [entry.chunks[0] for entry in read_manifest(store.folder_of(1)).tensors.values()]
+    assert len({chunk.file for chunk in chunks}) == save_module.SHARDS
+    target = blank(tensors)
+    target["model.03"] = torch.zeros(10, 2)[:, 0]  # not contiguous: not read straight into place
+    load_into(store.folder_of(1), target)
+    assert same(target, tensors)
+
+
+def test_a_file_that_shrinks_after_its_check_is_no_checkpoint(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_shard(path, {"model.a": torch.ones(8), "model.b": torch.ones(4)})
+    for name, size, shape in (("model.a", 8, 7), ("model.b", 4, 4), ("model.c", 4, 4)):
+        chunk = Chunk(file=path.name, key=name, offset=(0,), shape=(shape,))
+        part = ChunkPart(chunk, "float32", chunk.box, torch.zeros(shape))
+        if name == "model.b":
+            os.truncate(path, path.stat().st_size - size)
+        with pytest.raises(DamagedCheckpointError, match=rf"{path} is corrupt"):
+            read_pieces(path, [part])
+    path.write_bytes(b"\x08" + bytes(7) + b'{"a": 1}')
+    with pytest.raises(DamagedCheckpointError, match=rf"{path} is corrupt"):
+        read_pieces(path, [part])

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
-from castalia.core import extras
+from castalia.core import extras, hashed_file
 from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, sha256_of, write_json
 from castalia.core.functions import named_function, source_hash
+from castalia.core.hashed_file import HashedFile
 from castalia.core.lazy import lazy
 from castalia.core.registry import Registry
 
@@ -127,3 +128,18 @@ def test_a_function_is_known_by_its_file(tmp_path, monkeypatch):
         path.write_text(path.read_text() + "OTHER = 1\n")
         assert source_hash(function, name) != before
     assert source_hash(sys.getsizeof, "sys:getsizeof") == "sys:getsizeof"
+
+
+@pytest.mark.parametrize("advises", [True, False])  # macOS has no posix_fadvise
+def test_a_file_hashed_while_it_is_written(tmp_path, monkeypatch, advises):
+    monkeypatch.setattr(hashed_file, "BLOCK", 100)
+    monkeypatch.setattr(hashed_file, "BEHIND", 150)
+    if not advises:
+        monkeypatch.delattr(hashed_file.os, "posix_fadvise")
+    parts = [bytes(range(250)) * 7, b"", b"abc", bytes(5_000_000)]
+    with HashedFile(tmp_path / "file") as file:
+        sizes = [file.write(part) for part in parts]
+        seal = file.sync()
+    assert sizes == [1750, 0, 3, 5_000_000]
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert seal == (sha256_of(tmp_path / "file"), sum(sizes))

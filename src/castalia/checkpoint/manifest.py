@@ -17,7 +17,7 @@ from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
 from castalia.core.files import locked
-from castalia.core.sealed import Seal, fault_of_file, open_regular
+from castalia.core.sealed import READERS, Seal, fault_of_file, open_regular
 from castalia.distributed.boxes import Box
 
 FORMAT = 1
@@ -187,14 +187,16 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     Raises  DamagedCheckpointError naming the first file, by name, that is missing, a link or
             changed.
     """
-    # Threads help, since hashlib releases the GIL.
-    with ThreadPoolExecutor(4) as pool:
+    # The largest first: one that begins last would keep the others waiting.
+    order = sorted(names, key=lambda name: (-manifest.files[name].size, name))
+    with ThreadPoolExecutor(READERS) as pool:
         faults = pool.map(
-            lambda name: fault_of_entry_file(folder / name, manifest.files[name]), sorted(names)
+            lambda name: fault_of_entry_file(folder / name, manifest.files[name]), order
         )
-        for fault in faults:
-            if fault:
-                raise DamagedCheckpointError(fault)
+        found = dict(zip(order, faults, strict=True))
+    for name in sorted(found):
+        if fault := found[name]:
+            raise DamagedCheckpointError(fault)
 
 
 def fault_of_entry_file(path: Path, entry: FileEntry) -> str | None:

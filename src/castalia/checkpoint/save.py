@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,12 @@ from castalia.monitor.display import size_text
 
 SHARD_BYTES = 4 << 30
 """A file is closed once it holds this many bytes; a larger tensor has a file to itself."""
+LEAST_SHARD_BYTES = 64 << 20
+"""Below this size a file is not worth a thread of its own."""
+SHARDS = 8
+"""About as many files hold the share of a rank that is smaller than that many of SHARD_BYTES."""
+WRITERS = 4
+"""Files hashed and written at the same time: while some wait for the disk, others use the cores."""
 POLL_SECONDS = 0.02
 """Seconds between two looks for a file of another rank: short beside a save, long beside a stat."""
 LARGEST_NOTE = 1 << 28
@@ -115,13 +122,13 @@ class RankSave:
     def write_shards(self) -> Note:
         """Write this rank's files and force them to the disk."""
         tensors = {}
-        files = {}
         # Every tensor is listed, also those written elsewhere: rank 0 finds disagreements by it.
         for name, item in self.staged.items():
             tensors[name] = TensorEntry(dtype=item.dtype, shape=item.shape, chunks=[])
+        contents: dict[str, dict[str, Tensor]] = {}
         for file, items in self.files_of_groups():
             self.own_files.append(file)
-            content: dict[str, Tensor] = {}
+            content = contents[file] = {}
             for name in items:
                 for number, (box, tensor) in enumerate(self.staged[name].pieces):
                     key = name if number == 0 else f"{name}#{number}"
@@ -129,12 +136,31 @@ class RankSave:
                     tensors[name].chunks.append(
                         Chunk(file=file, key=key, offset=box.offset, shape=box.shape)
                     )
-            files[file] = write_shard(self.temporary / file, content)
-        return Note(save=self.mark, tensors=tensors, files=files)
+        return Note(save=self.mark, tensors=tensors, files=self.written(contents))
+
+    def written(self, contents: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileEntry]:
+        """Write files of tensors, several at a time; returns their entries."""
+        # Leaving the block waits for every thread: after a failure nothing writes any more.
+        with ThreadPoolExecutor(WRITERS) as pool:
+            writes = {
+                file: pool.submit(write_shard, self.temporary / file, content)
+                for file, content in contents.items()
+            }
+            try:
+                return {file: write.result() for file, write in writes.items()}
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def files_of_groups(self) -> list[tuple[str, list[str]]]:
         """(file name, its tensors): a file a group (model, optim), and further ones when it is
-        full."""
+        full.
+
+        A file has one SHA-256, which one core computes. Several files keep several cores and the
+        disk busy, also when they are read.
+        """
+        nbytes = sum(item.nbytes for item in self.staged.values())
+        limit = min(SHARD_BYTES, max(LEAST_SHARD_BYTES, nbytes // SHARDS))
         groups: dict[str, list[list[str]]] = {}
         filled: dict[str, int] = {}
         for name, item in self.staged.items():
@@ -143,7 +169,7 @@ class RankSave:
                 continue  # another rank writes it, but the note still lists its shape
             parts = groups.setdefault(group, [[]])
             # A tensor is never split over files, so that every file can be read by itself.
-            if parts[-1] and filled[group] + item.nbytes > SHARD_BYTES:
+            if parts[-1] and filled[group] + item.nbytes > limit:
                 parts.append([])
                 filled[group] = 0
             parts[-1].append(name)

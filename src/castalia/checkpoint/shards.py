@@ -5,7 +5,8 @@ Source  the format: https://github.com/huggingface/safetensors#format (length, J
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from castalia.checkpoint.manifest import DTYPES, MANIFEST, Chunk, DamagedCheckpointError, FileEntry
+from castalia.checkpoint.manifest import (
+    DTYPES,
+    LARGEST_JSON,
+    MANIFEST,
+    Chunk,
+    DamagedCheckpointError,
+    FileEntry,
+    open_plain,
+)
 from castalia.core.hashed_file import HashedFile
 from castalia.core.sealed import Seal
 from castalia.distributed.boxes import Box
@@ -74,6 +83,12 @@ class ChunkPart:
     target: Tensor
     """Tensor of the box's shape."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the bytes of the file are those of the target's memory."""
+        target = self.target
+        return self.box == self.chunk.box and target.is_contiguous() and target.is_cpu
+
 
 def check_pieces(path: Path, pieces: Iterable[ChunkPart]) -> None:
     """Compare the file's own header with the manifest.
@@ -93,16 +108,60 @@ def check_pieces(path: Path, pieces: Iterable[ChunkPart]) -> None:
                 )
 
 
-def read_pieces(path: Path, pieces: Iterable[ChunkPart]) -> None:
+def read_pieces(path: Path, pieces: Sequence[ChunkPart]) -> None:
     """Copy parts of one file to their targets, reading only their bytes."""
-    with opened(path) as file:
+    whole = [piece for piece in pieces if piece.is_whole]
+    if whole:
+        read_whole(path, whole)
+    rest = [piece for piece in pieces if not piece.is_whole]
+    if rest:
+        with torch.no_grad(), opened(path) as file:
+            for piece in rest:
+                stored = file.get_slice(piece.chunk.key)
+                piece.target.copy_(stored[piece.box.slices_from(piece.chunk.offset)])
+
+
+def read_whole(path: Path, pieces: Iterable[ChunkPart]) -> None:
+    """Read whole stored pieces straight into their targets: no mapping, and no copy in between."""
+    with open_plain(path) as file:
+        places = places_of(file, path)
         for piece in pieces:
-            if piece.box == piece.chunk.box:
-                piece.target.copy_(file.get_tensor(piece.chunk.key))
-            else:
-                piece.target.copy_(
-                    file.get_slice(piece.chunk.key)[piece.box.slices_from(piece.chunk.offset)]
-                )
+            target = raw_bytes(piece.target)
+            at, end = places.get(piece.chunk.key, (0, 0))
+            if end - at != target.nbytes:
+                raise DamagedCheckpointError(f"{path} is corrupt: {piece.chunk.key} has no place")
+            read_at(file, path, at, target)
+
+
+def places_of(file: Any, path: Path) -> dict[str, tuple[int, int]]:
+    """First byte of each tensor in an open safetensors file, and the one behind it.
+
+    Raises  DamagedCheckpointError if the header cannot be read.
+    """
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, LARGEST_JSON)))
+        places = {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                places[key] = (8 + length + int(begin), 8 + length + int(end))
+        return places
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{path} is corrupt: {error}") from None
+
+
+def read_at(file: Any, path: Path, at: int, target: memoryview) -> None:
+    """Fill `target` from byte `at` of an open file."""
+    while target.nbytes:
+        try:
+            count = os.preadv(file.fileno(), [target], at)
+        except OSError as error:
+            raise DamagedCheckpointError(f"cannot read {path}: {error.strerror}") from None
+        if count == 0:
+            raise DamagedCheckpointError(f"{path} is corrupt: it ends at byte {at}")
+        at += count
+        target = target[count:]
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from typing import Any
 from castalia.core.files import CHUNK_BYTES
 from castalia.core.sealed import Seal
 
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 """Bytes hashed and written at a time; small enough to stay in the cache between the two."""
+BEHIND = 1 << 24
+"""Bytes after which the system is told to bring them to the disk."""
 
 
 class HashedFile(io.BufferedWriter):
@@ -22,6 +24,8 @@ class HashedFile(io.BufferedWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(open(path, "wb", buffering=0), CHUNK_BYTES)  # noqa: SIM115
         self.digest = hashlib.sha256()
+        self.behind = 0
+        """Bytes written since the system was last told to bring them to the disk."""
 
     def write(self, data: Any) -> int:
         """Hash and append bytes, or an array's; returns their number."""
@@ -33,7 +37,20 @@ class HashedFile(io.BufferedWriter):
             piece = view[start : start + BLOCK]
             self.digest.update(piece)
             super().write(piece)
+            self.behind += piece.nbytes
+            if self.behind >= BEHIND:
+                self.start_writeback()
         return view.nbytes
+
+    def start_writeback(self) -> None:
+        """Let the disk begin with what was written, so that little is left to wait for in
+        `sync`."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            begin = self.raw.tell() - self.behind
+            # Linux starts to write pages that are not needed any more, and does not wait for them.
+            # Until they are written it also keeps them.
+            os.posix_fadvise(self.fileno(), max(begin, 0), self.behind, os.POSIX_FADV_DONTNEED)
+        self.behind = 0
 
     def sync(self) -> Seal:
         """Bring the bytes to the disk; returns their hash and size."""
