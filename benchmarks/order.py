@@ -1,11 +1,23 @@
-"""Time and memory of GPT-NeoX's sample order, and of a blend of 22 sources.
+"""Time and memory of GPT-NeoX's sample order, and of a blend of 22 sources; beside Megatron-core.
 
-    python benchmarks/order.py [--documents N] [--rows N] [--json FILE]
+    python benchmarks/order.py [--documents N] [--rows N] [--megatron DIR] [--rounds N]
+                               [--json FILE]
+    python benchmarks/order.py --quick
     python benchmarks/order.py --pile [--documents N] [--rows N] [--folder DIR] [--json FILE]
 
 By default 10 million documents and 100 million rows. Each case runs in a process of its own, which
 separates the peaks of memory. Two shapes have the same size: long documents (one epoch) and short
 ones (many epochs, so that the document index is larger than that of the rows).
+
+Beside them the same maps of 10 million documents and 10.7 million rows, in one epoch, are built
+here and by Megatron-core's GPTDataset, in turn, in memory, and compared. `grown GB` is the peak of
+memory over that before the build. Megatron-core is imported, or taken from the folder --megatron,
+made by
+
+    pip install --no-deps --target DIR megatron-core triton
+
+(version 0.17 and later need Python 3.12). Where it is absent, the table says so. --quick takes a
+tenth of everything and two rounds.
 
 --pile uses the shape of the Pile, 210 million documents and 146 million rows, in a token file with
 a real .idx (4 GB) and a sparse .bin. Cases: the order alone, in memory; from `build_rows` to the
@@ -15,6 +27,7 @@ case needs more than 12 GB, or the first batch with stored maps more than 10 s.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -40,6 +53,10 @@ LIMIT_GB = 12.0
 LIMIT_SECONDS = 10.0
 BATCH = 1024
 HERE = Path(__file__).resolve().parent
+PEER_DOCUMENTS = 10_000_000
+PEER_ROWS = 10_700_000
+QUICK_SHARE = 10
+"""--quick divides all sizes by it."""
 SHORT_SHARE = 10
 """Epochs of the case with short documents."""
 
@@ -47,8 +64,9 @@ SHORT_SHARE = 10
 def main() -> None:
     """Run every case in its own process, print a table, write JSON."""
     options = read_options()
+    sys.path.insert(0, str(HERE))
     if options.case:
-        print(json.dumps({**CASES, **PILE_CASES}[options.case](options)))
+        print(json.dumps({**CASES, **PILE_CASES, **PEERS}[options.case](options)))
         return
     if options.pile:
         make_file(options)
@@ -68,6 +86,8 @@ def main() -> None:
             f"{case['seconds']:>9.1f}{case['cpu_seconds']:>8.1f}{case['peak_gb']:>9.2f}"
         )
     record = {"machine": machine(), "seq_length": SEQ_LENGTH, "cases": cases}
+    if not options.pile:
+        record["beside Megatron-core"] = beside_megatron(options)
     if options.pile:
         print(f"kept index maps: {kept / 1e9:.2f} GB")
         record["kept_bytes"] = kept
@@ -97,13 +117,19 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="with --pile, a new folder for 7 GB; removed at the end"
     )
-    parser.add_argument("--case", choices=[*CASES, *PILE_CASES], help=argparse.SUPPRESS)
+    parser.add_argument("--megatron", type=Path, help="folder that has megatron-core")
+    parser.add_argument("--rounds", type=int, default=5, help="beside Megatron-core")
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything, two rounds")
+    cases = [*CASES, *PILE_CASES, *PEERS]
+    parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.documents = options.documents or (PILE_DOCUMENTS if options.pile else 10_000_000)
-    options.rows = options.rows or (PILE_ROWS if options.pile else 100_000_000)
-    options.json = options.json or HERE / "results" / (
-        "order-pile.json" if options.pile else "order.json"
-    )
+    options.share = QUICK_SHARE if options.quick else 1
+    options.rounds = 2 if options.quick else options.rounds
+    documents, rows = (PILE_DOCUMENTS, PILE_ROWS) if options.pile else (10_000_000, 100_000_000)
+    options.documents = options.documents or documents // options.share
+    options.rows = options.rows or rows // options.share
+    results = Path(tempfile.gettempdir()) if options.quick else HERE / "results"
+    options.json = options.json or results / ("order-pile.json" if options.pile else "order.json")
     options.folder = options.folder or Path(tempfile.gettempdir()) / f"castalia-pile-{os.getpid()}"
     return options
 
@@ -119,8 +145,10 @@ def run_apart(case: str, options: argparse.Namespace) -> dict[str, Any]:
         f"--rows={options.rows}",
     ]
     command.append(f"--folder={options.folder}")
+    if options.megatron:
+        command.append(f"--megatron={options.megatron}")
     result: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     )
     return result
 
@@ -234,6 +262,116 @@ def maps_folder(options: argparse.Namespace) -> Path:
     return options.folder / "maps"
 
 
+def beside_megatron(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and memory of both sides, in turn, and their ratio round by round."""
+    import machine as shared
+
+    sizes = argparse.Namespace(**vars(options))
+    sizes.documents = PEER_DOCUMENTS // options.share
+    sizes.rows = PEER_ROWS // options.share
+    found = {}
+    for name in PEERS:
+        # Not counted: compiles what is compiled once a machine, and shows what is absent.
+        found[name] = run_apart(name, sizes)
+        if "absent" in found[name]:
+            print(f"{name}: {found[name]['absent']}")
+            return {name: found[name]}
+    rounds = [{name: run_apart(name, sizes) for name in turn(r)} for r in range(options.rounds)]
+    digests = {
+        case["digest"] for case in [*found.values(), *(c for r in rounds for c in r.values())]
+    }
+    record: dict[str, Any] = {"same maps": len(digests) == 1, "rows": found[OURS]["rows"]}
+    print(
+        f"\n{record['rows']:,} rows of {sizes.documents:,} documents;"
+        f" same maps: {record['same maps']}"
+    )
+    print(f"{'':<28}{'seconds':>24}{'grown GB':>10}")
+    for name in PEERS:
+        seconds = shared.summary(each[name]["seconds"] for each in rounds)
+        grown = max(each[name]["grown_gb"] for each in rounds)
+        record[name] = {"version": found[name]["version"], "seconds": seconds, "grown_gb": grown}
+        text = "{median:.2f} ({low:.2f}-{high:.2f})".format(**seconds)
+        print(f"{name + ' ' + found[name]['version']:<28}{text:>24}{grown:>10.2f}")
+    spent = [[each[name]["seconds"] for each in rounds] for name in PEERS]
+    record["ours over theirs"] = shared.ratio(*spent)
+    print("ours / theirs {median:.2f} ({low:.2f}-{high:.2f})".format(**record["ours over theirs"]))
+    return record
+
+
+def turn(number: int) -> list[str]:
+    """The sides of a round: the first one changes."""
+    return list(PEERS) if number % 2 == 0 else list(PEERS)[::-1]
+
+
+def our_maps(options: argparse.Namespace) -> dict[str, Any]:
+    """The index maps of one epoch, built here."""
+    from castalia import __version__
+    from castalia.data import NeoxOrder
+
+    sizes = peer_sizes(options)
+    maps, result = watched(
+        lambda: NeoxOrder(sizes, seq_length=SEQ_LENGTH, num_samples=options.rows, seed=1234)
+    )
+    return {**result, **summed(maps.doc_idx, maps.sample_idx, maps.shuffle_idx, __version__)}
+
+
+def megatron_maps(options: argparse.Namespace) -> dict[str, Any]:
+    """The same by Megatron-core, from its own class, without its cache."""
+    if options.megatron:
+        sys.path.insert(0, str(options.megatron))
+    try:
+        import megatron.core as core
+        from megatron.core.datasets import helpers  # noqa: F401
+        from megatron.core.datasets.gpt_dataset import GPTDataset
+        from megatron.core.datasets.utils import Split
+    except ImportError as error:
+        return {"absent": f"cannot be imported ({error}); see --megatron"}
+    sizes = peer_sizes(options)
+    data = GPTDataset.__new__(GPTDataset)
+    data.config = argparse.Namespace(
+        defer_npy_index_mmap=False,
+        path_to_cache=None,
+        mock=True,
+        sequence_length=SEQ_LENGTH,
+        add_extra_token_to_sequence=1,
+        random_seed=1234,
+    )
+    data.dataset = argparse.Namespace(sequence_lengths=sizes)
+    data.indices = np.arange(len(sizes), dtype=np.int32)
+    data.num_samples = options.rows
+    data.index_split = Split.train
+    maps, result = watched(data._build_document_sample_shuffle_indices)
+    return {**result, **summed(*maps, core.__version__)}
+
+
+def peer_sizes(options: argparse.Namespace) -> Any:
+    """Log-normal document lengths that make a few rows more than asked for in one epoch."""
+    mean = 1.001 * options.rows * SEQ_LENGTH / options.documents
+    raw = np.random.default_rng(0).lognormal(0.0, 1.0, options.documents)
+    return np.maximum(raw * (mean / raw.mean()), 1).astype(np.int32)
+
+
+def watched(work: Any) -> tuple[Any, dict[str, float]]:
+    """What `work` returns; its seconds, and the peak of memory over that before it."""
+    import machine as shared
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = shared.resident_bytes()
+    start = time.perf_counter()
+    result = work()
+    spent = time.perf_counter() - start
+    grown = (shared.resident_bytes("VmHWM") - before) / 1e9
+    return result, {"seconds": round(spent, 3), "grown_gb": round(grown, 3)}
+
+
+def summed(documents: Any, samples: Any, shuffle: Any, version: str) -> dict[str, Any]:
+    """What shows that both sides have built the same."""
+    digest = hashlib.sha256()
+    for array in (documents, samples, shuffle):
+        digest.update(np.ascontiguousarray(array, np.int64))
+    return {"rows": len(shuffle), "digest": digest.hexdigest(), "version": version}
+
+
 KEPT = "first batch, kept maps"
 FORGOTTEN = "the same, from the disk"
 CASES = {
@@ -241,6 +379,8 @@ CASES = {
     "short documents": short_documents,
     "blend of 22": blend_of_22,
 }
+OURS = "castalia"
+PEERS = {OURS: our_maps, "megatron-core": megatron_maps}
 PILE_CASES = {
     "the order alone": pile_order,
     "first batch, building": first_batch,

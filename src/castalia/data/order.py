@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.compiled_order import place_rows_compiled, shuffle
 from castalia.data.fingerprint import array_hash
 from castalia.data.order_cache import IndexMaps, OrderCache, from_cache
 
@@ -153,11 +154,11 @@ def packed_maps(
     rows = (total - 1) // seq_length
     # Documents before rows: both draw from one random stream, in GPT-NeoX's order.
     doc_idx = np.tile(as_array(numbers), epochs)
-    random.shuffle(doc_idx)
+    shuffle(random, doc_idx)
     sample_idx = place_rows(sizes, doc_idx, seq_length, rows, total)
     # GPT-NeoX's rule for the dtype. The shuffle itself does not depend on it.
     shuffle_idx = np.arange(rows, dtype=np.uint32 if rows < 2**32 - 2 else np.int64)
-    random.shuffle(shuffle_idx)
+    shuffle(random, shuffle_idx)
     return {"doc_idx": doc_idx, "sample_idx": sample_idx, "shuffle_idx": shuffle_idx}
 
 
@@ -186,6 +187,9 @@ def place_rows(
     """
     wide = 2 * ((total - 1) / seq_length + 1) >= np.iinfo(np.int32).max
     starts = np.zeros((rows + 1, 2), dtype=np.int64 if wide else np.int32)
+    if place_rows_compiled(sizes, doc_idx, seq_length, starts):
+        starts[0] = 0
+        return starts
     # A block is limited by its documents or by its rows, whichever there are more of.
     step = max(1, min(BLOCK, BLOCK * len(doc_idx) // (rows + 1)))
     begin = 0  # stream place of the block's first token
