@@ -35,6 +35,8 @@ from typing import Any
 import psutil
 from machine import describe, in_turn, ratio, summary
 
+from castalia.corpus.documents import orjson
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT.parent / "shared" / "data" / "20B_tokenizer.json"
 PLACES = [
@@ -193,6 +195,7 @@ class Bench:
         tokens = (self.folder / "ours.bin").stat().st_size // 2
         gain = ratio(times["gpt-neox"], times["castalia"])
         result = {**facts, "tokens": tokens, "same": self.same(), "ratio": gain, "runs": self.runs}
+        result |= self.libraries()
         print(
             f"\n{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.0f} MB of text,"
             f" {tokens:,} tokens, {self.options.workers} workers;"
@@ -212,7 +215,13 @@ class Bench:
                 f"{tokens / cpu:>15,.0f}{peak / 1e9:>14.2f}{taken:>9.1f}"
             )
         print(f"ratio {gain} (goal {GOAL}), same bytes: {result['same']}")
+        print(f"castalia encoded by {result['by']}, parsed by {result['parsed_by']}")
         return result
+
+    def libraries(self) -> dict[str, str]:
+        """Who encoded the last output of Castalia, by its record, and who parses its lines here."""
+        record = json.loads((self.folder / "ours.json").read_text(encoding="utf-8"))
+        return {"by": record["by"], "parsed_by": "json" if orjson is None else "orjson"}
 
     def growth(self) -> dict[str, Any]:
         """Peak memory of Castalia's largest process as the corpus grows."""

@@ -18,7 +18,7 @@ from castalia.corpus.recent_characters import (
 )
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
+pytest.importorskip("gigatoken", reason="gigatoken has no wheel here")
 TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20B_tokenizer.json"
 pytestmark = pytest.mark.skipif(
     not TOKENIZER.is_file(), reason="needs the shared 20B_tokenizer.json, which normalizes to NFC"

@@ -359,7 +359,7 @@ class Lying:
 def test_a_part_in_which_gigatoken_differs_is_encoded_again(file, tmp_path, monkeypatch):
     from castalia.data import train_tokenizer
 
-    pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
+    pytest.importorskip("gigatoken", reason="gigatoken has no wheel here")
     train_tokenizer(["the liar lies again and again " * 20], 300, tmp_path / "t.json")
     path = file("a.jsonl", lines(*({"text": f"word {i}" + " liar" * (i == 30)} for i in range(60))))
     prepare([path], tmp_path / "slow", tmp_path / "t.json", fast=False, part_bytes=400)
@@ -379,7 +379,7 @@ def test_a_part_in_which_gigatoken_differs_is_encoded_again(file, tmp_path, monk
 
 
 def test_a_tokenizer_that_gigatoken_reads_otherwise_is_not_given_to_it(monkeypatch):
-    pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
+    pytest.importorskip("gigatoken", reason="gigatoken has no wheel here")
     from castalia.data import load_tokenizer
 
     plain = Tokenizer(load_tokenizer("bytes").text)
@@ -393,3 +393,19 @@ def test_a_tokenizer_that_gigatoken_reads_otherwise_is_not_given_to_it(monkeypat
         "tokenizers",
         "gigatoken and tokenizers give different ids for the probe texts",
     )
+
+
+def test_without_gigatoken_and_orjson_the_bytes_are_the_same(file, tmp_path, monkeypatch):
+    from castalia.corpus import documents
+    from castalia.data import train_tokenizer
+
+    train_tokenizer(["the same again and again " * 20], 300, tmp_path / "t.json")
+    texts = ["naïve café ", "\u2028 line 1\n", "x" * 50, "{} [] \\ \" 3.14 "]
+    path = file("a.jsonl", lines(*({"id": 2**70 + i, "text": t * 9} for i, t in enumerate(texts))))
+    usual = prepare([path], tmp_path / "usual", tmp_path / "t.json")
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    monkeypatch.setattr(documents, "orjson", None)
+    plain = prepare([path], tmp_path / "plain", tmp_path / "t.json")
+    assert plain.by == "tokenizers" and "pip install gigatoken" in (plain.fallback_reason or "")
+    assert content(tmp_path / "plain") == content(tmp_path / "usual")
+    assert usual.tokens == plain.tokens > 0

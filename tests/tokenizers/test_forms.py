@@ -160,7 +160,7 @@ def test_missing_files(tmp_path):
 
 
 def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
-    pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
+    pytest.importorskip("gigatoken", reason="gigatoken has no wheel here")
     tokenizer, _ = trained
     quick = Encoder(tokenizer)
     slow = Encoder(tokenizer, fast=False)

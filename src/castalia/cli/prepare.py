@@ -130,6 +130,9 @@ def print_summary(prepared: "Prepared", as_json: bool) -> None:
         return
     if prepared.done_before:
         typer.echo("an earlier run of the same command has finished; nothing was written")
+    by = prepared.by
+    if prepared.fallback_reason:
+        by += f" ({prepared.fallback_reason})"
     notes = []
     if prepared.empty:
         notes.append(f"{prepared.empty:,} empty skipped")
@@ -141,5 +144,5 @@ def print_summary(prepared: "Prepared", as_json: bool) -> None:
     typer.echo(
         f"{', '.join(prepared.prefixes)}: {documents}, {prepared.tokens:,} tokens as"
         f" {prepared.dtype}, {size_text(prepared.text_bytes)} of text in {prepared.seconds:.1f} s"
-        f" ({size_text(prepared.megabytes_per_second * 1e6)}/s)"
+        f" ({size_text(prepared.megabytes_per_second * 1e6)}/s), encoded by {by}"
     )

@@ -37,12 +37,11 @@ except ImportError:
 
 
 def fast_loads(line: bytes) -> Any:
-    """Parse JSON in UTF-8; orjson's, if installed, is several times faster."""
-    return json.loads(line.decode("utf-8"))
-
-
-if orjson is not None:
-    fast_loads = orjson.loads  # type: ignore[assignment]
+    """Parse JSON in UTF-8 by orjson, several times as fast as Python's own parser, which serves
+    where orjson has no wheel."""
+    if orjson is None:
+        return json.loads(line.decode("utf-8"))
+    return orjson.loads(line)
 
 
 class Document(NamedTuple):

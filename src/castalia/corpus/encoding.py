@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.extras import pip_command
 from castalia.core.memory import resident_bytes
 from castalia.corpus.recent_characters import RecentCharacters
 from castalia.data.indexed import best_dtype
@@ -187,7 +186,7 @@ def gigatoken(tokenizer: Tokenizer) -> tuple[FastPath | None, str | None]:
     try:
         module = importlib.import_module("gigatoken")
     except ImportError:
-        return None, f"gigatoken is not installed: {pip_command('fast')}"
+        return None, "gigatoken is not installed: pip install gigatoken"
     if tokenizer.kind != "json":
         return None, f"gigatoken does not support {tokenizer.kind} tokenizers here"
     texts = probes(tokenizer)

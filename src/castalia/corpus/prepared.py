@@ -42,6 +42,8 @@ class Prepared:
     """One sentence about each input that could not be read to its end."""
     uneven: int = 0
     """Documents with text under some keys and none under others."""
+    fallback_reason: str | None = None
+    """Why gigatoken did not encode a part; None if it did, or if another run encoded."""
     done_before: bool = False
     """An earlier run of the same job had finished, so nothing was written."""
 
@@ -75,6 +77,7 @@ def summary(work: WorkFolder, prefix: str, start: float) -> Prepared:
         prefixes=tuple(work.prefixes),
         unread=tuple(work.unread()),
         uneven=sum(record.uneven for record in records),
+        fallback_reason=next((r.fallback_reason for r in records if r.fallback_reason), None),
     )
 
 
@@ -89,7 +92,8 @@ def record_of(
     own = work.outputs[output]
     facts = asdict(prepared)
     seconds = facts.pop("seconds")
-    for name in ("prefixes", "done_before"):
+    # The reason is about this machine, not about the tokens.
+    for name in ("prefixes", "done_before", "fallback_reason"):
         del facts[name]
     for name in ("unread", "uneven"):
         if not facts[name]:
