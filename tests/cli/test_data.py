@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -254,10 +252,9 @@ def test_pythias_batches_out_of_shards_of_ready_rows(run, tmp_path):
     assert found.dtype == np.uint16 and np.array_equal(found, rows[2 * 1 : 2 * (3 + 1)])
 
 
-def test_view_shows_what_a_run_trained_on(run, tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "castalia", "train", *OVERRIDES, "output=r"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_view_shows_what_a_run_trained_on(run, command, tmp_path, monkeypatch):
+    code, _, said = command("train", *OVERRIDES, "output=r")
+    assert code == 0, said
     metrics = [
         json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     ]

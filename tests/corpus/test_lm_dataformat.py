@@ -66,19 +66,27 @@ FORMS = {
 def test_each_form(name, tmp_path):
     (tmp_path / name).write_bytes(FORMS[name])
     assert list(read_documents([tmp_path / name])) == TEXTS
-    for size in (20, 1 << 20):
+    for size in (700, 1 << 20):
         done = prepare(
             [tmp_path / name],
             tmp_path / "out",
             "bytes",
             part_bytes=size,
-            workers=1 + (size == 20),
+            workers=1 + (size == 700),
             overwrite=True,
         )
         written = [
             bytes(document.tolist()).decode() for document in IndexedDataset(tmp_path / "out")
         ]
         assert (written, done.empty) == ([text for text in TEXTS if text], 1)
+
+
+def test_parts_that_are_shorter_than_a_line(tmp_path):
+    short = [text[:40] for text in TEXTS]
+    (tmp_path / "a.jsonl").write_bytes(FORMS["a.jsonl"].replace(b"x" * 70_000, b"x" * 40))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", "bytes", part_bytes=20)
+    dataset = IndexedDataset(tmp_path / "out")
+    assert [bytes(document.tolist()).decode() for document in dataset] == list(filter(None, short))
 
 
 def test_long_windows(tmp_path):

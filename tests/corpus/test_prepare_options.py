@@ -400,7 +400,7 @@ def test_without_gigatoken_and_orjson_the_bytes_are_the_same(file, tmp_path, mon
     from castalia.data import train_tokenizer
 
     train_tokenizer(["the same again and again " * 20], 300, tmp_path / "t.json")
-    texts = ["naïve café ", "\u2028 line 1\n", "x" * 50, "{} [] \\ \" 3.14 "]
+    texts = ["naïve café ", "\u2028 line 1\n", "x" * 50, '{} [] \\ " 3.14 ']
     path = file("a.jsonl", lines(*({"id": 2**70 + i, "text": t * 9} for i, t in enumerate(texts))))
     usual = prepare([path], tmp_path / "usual", tmp_path / "t.json")
     monkeypatch.setitem(sys.modules, "gigatoken", None)

@@ -153,19 +153,20 @@ def test_members_of_one_stream_read_equal_batches(write):
 
 
 @pytest.fixture
-def one_in_this_process(monkeypatch):
-    """The member llama-seed3 trains without the seconds that a process takes to start."""
+def good_in_this_process(monkeypatch):
+    """Only the member that fails takes the seconds that a process needs to start; those of the
+    suite that docs/suite.md trains have processes of their own too."""
     started = running.train
 
     def train(member):
-        if member.name != "llama-seed3":
+        if member.name == "none-seed3":
             return started(member)
         return CliRunner().invoke(app, ["train", *member.words]).exit_code
 
     monkeypatch.setattr(running, "train", train)
 
 
-def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_in_this_process):
+def test_two_families_train_on_one_stream_and_the_third_member_fails(write, good_in_this_process):
     text = SMALL.replace("seeds: [3, {weight_seed: 5}]", "seeds: [3]")
     text = text.replace("sizes:\n", "sizes:\n  none: {model.start: missing/model}\n")
     said = []

@@ -236,12 +236,20 @@ def usable(documents: Sequence[TextDocument]) -> list[TextDocument]:
     """Documents of valid Unicode that do not contain the text of a special token."""
     chosen = []
     for document in documents:
-        # A lone surrogate has no UTF-8; the text of a special token would become that token.
-        has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in document.text)
+        # The text of a special token would become that token.
         has_special = END_OF_TEXT in document.text or PADDING_TOKEN in document.text
-        if not has_surrogate and not has_special:
+        if has_utf8(document.text) and not has_special:
             chosen.append(document)
     return chosen
+
+
+def has_utf8(text: str) -> bool:
+    """Whether a text has an encoding in UTF-8: a lone surrogate has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def at_most(documents: Sequence[TextDocument], largest: int) -> list[TextDocument]:

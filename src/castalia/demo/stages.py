@@ -1,4 +1,5 @@
-"""The stages of the demo: corpus, training, bits per byte, samples, exports, comparison, report.
+"""The stages of the demo: corpus, size, training, bits per byte, samples, exports, comparison,
+report.
 
 `demo.json` records each finished stage, so the same command again continues with the next one.
 """
@@ -6,49 +7,44 @@
 import hashlib
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from castalia.analysis import write_report
 from castalia.checkpoint import complete_steps
+from castalia.config import read_yaml
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.core.extras import pip_command
 from castalia.core.files import write_json
 from castalia.corpora import CorpusPaths, build_corpus
 from castalia.data import load_tokenizer
+from castalia.demo.sizing import MINUTES, START_SECONDS, DemoSize, choose_precision, fit_size
 from castalia.demo.speech import compare, ct2_voice, held_out_texts, own_voice, samples
 from castalia.demo.summary import show_summary, summarize
-from castalia.distributed.world import choose_device
 from castalia.eval import HeldOut
 from castalia.eval.sweep import sweep
 from castalia.export import export
 from castalia.mixing import read_mixture
 from castalia.monitor import duration, size_text
-from castalia.recipes.load import Resolved, resolve
-from castalia.runs.config import RunConfig
+from castalia.recipes.load import resolve
 from castalia.train.hooks import Hook
-from castalia.train.machine_precision import recorded_precision
 from castalia.train.mixture import StaticBlend
 from castalia.train.progress import Progress
 from castalia.train.run import Announced
 from castalia.train.run import run as train_run
 from castalia.train.startup import short_hash
-from castalia.train.timing import FASTER, times_as_long
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
 
 PROMPTS = ["    def __init__(self", "import os\nimport sys\n", "The return value is"]
 """One for code, one for a module's head, one for prose."""
-SAMPLED = 6
-"""Checkpoints that are sampled, from the first to the last."""
-NEW_TOKENS = 64
-EVAL_TOKENS = 12_000
-"""Held-out tokens of each source that each checkpoint is measured on, at most."""
 QUANTIZATIONS = ("float32", "int8")
 
 
@@ -72,25 +68,72 @@ class TrainClock(Hook):
             self.tokens = self.progress.tokens - self.before
 
 
+class DemoRequest(NamedTuple):
+    """What a user asks of a demo, beside its output folder."""
+
+    overrides: Sequence[str] = ()
+    minutes: float | None = None
+    """The time that it may take; None for MINUTES, unless the steps are given."""
+    tokens: int | None = None
+    """Training tokens, in place of train.steps."""
+
+
 class Demo:
     """The stages of one demo and their results.
 
     `record` is the contents of `demo.json`: the config's hash, the seconds of each finished stage,
-    and the results that later stages read.
+    and the results that later stages read. The config is what the user asked for until the stage
+    `fit` has chosen precision and steps.
     """
 
     def __init__(
-        self, resolved: Resolved, command: Sequence[str], say: Callable[[str], None]
+        self,
+        words: Sequence[str],
+        minutes: float | None,
+        command: Sequence[str],
+        say: Callable[[str], None],
     ) -> None:
-        self.resolved = resolved
-        self.config = resolved.config
+        self.since = time.perf_counter() - START_SECONDS
+        self.words = words
+        self.minutes = minutes
         self.command = command
         self.say = say
+        self.resolved = resolve(words)
+        self.config = self.resolved.config
         self.folder = Path(self.config.output)
         # Without the folder, so that a demo may be moved.
         values = self.config.model_dump(mode="json", exclude={"output"})
-        self.hash = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        given = [self.gives("train.steps"), self.gives("precision")]
+        text = json.dumps([values, given], sort_keys=True)
+        self.hash = hashlib.sha256(text.encode()).hexdigest()
         self.record = self.read_record()
+        if "size" in self.record:
+            self.take(DemoSize(**self.record["size"]))
+
+    def gives(self, key: str) -> bool:
+        """Whether the user has set a key, to whatever value."""
+        return key in self.resolved.changes or any(
+            word.startswith(f"{key}=") for word in self.words
+        )
+
+    def take(self, size: DemoSize) -> None:
+        """Go on with the config of a size.
+
+        Raises  ConfigError if the user asks for another time than it was fitted to.
+        """
+        if self.minutes is not None and self.minutes != size.minutes:
+            fitted = "given steps"
+            if size.minutes is not None:
+                fitted = f"{size.minutes:g} minutes"
+            raise ConfigError(
+                f"the demo in {self.folder} was begun for {fitted}, not {self.minutes:g} minutes;"
+                " leave out --minutes to go on with it, or give another --output"
+            )
+        self.size = size
+        self.resolved = resolve(
+            [*self.words, f"precision={size.precision}", f"train.steps={size.steps}"]
+        )
+        self.config = self.resolved.config
 
     def read_record(self) -> dict[str, Any]:
         """The record of an earlier call with the same config, else an empty one."""
@@ -121,6 +164,7 @@ class Demo:
         """Run every unfinished stage, in order."""
         stages = (
             self.build,
+            self.fit,
             self.train,
             self.evaluate,
             self.sample,
@@ -157,6 +201,41 @@ class Demo:
         for source, facts in self.corpus.facts["sources"].items():
             self.say(f"  {source:<11} {facts['about']}")
 
+    def fit(self) -> None:
+        """Precision and size, for this machine and the time."""
+        run_steps = self.steps_of_run()
+        precision = choose_precision(self.config, given=self.gives("precision"), say=self.say)
+        config = self.config.model_copy(update={"precision": precision})
+        given = self.minutes is None and self.gives("train.steps")
+        if given or run_steps:
+            size = DemoSize(precision, config.train.steps if given else run_steps)
+        else:
+            size = fit_size(
+                config,
+                list(self.held_out().values()),
+                minutes=self.minutes or MINUTES,
+                spent=lambda: time.perf_counter() - self.since,
+            )
+        for sentence in size.why:
+            self.say(f"  {sentence}")
+        self.record["size"] = asdict(size)
+        self.take(size)
+
+    def steps_of_run(self) -> int:
+        """The steps of a run that is in the folder without a record of its size; 0 without one."""
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return 0
+        return int(read_yaml(path).get("train", {}).get("steps", 0))
+
+    def held_out(self) -> dict[str, HeldOut]:
+        """The held-out text of each source."""
+        corpus = self.corpus
+        return {
+            name: HeldOut(prefix, corpus.document_bytes(name))
+            for name, prefix in zip(corpus.sources, corpus.prefixes("valid"), strict=True)
+        }
+
     def train(self) -> None:
         """Training, with Pythia's schedule of checkpoints."""
         clock = TrainClock()
@@ -178,25 +257,24 @@ class Demo:
 
     def evaluate(self) -> None:
         """Bits per byte of held-out text by source, at every checkpoint."""
-        corpus = self.corpus
-        sources = {
-            name: HeldOut(prefix, corpus.document_bytes(name))
-            for name, prefix in zip(corpus.sources, corpus.prefixes("valid"), strict=True)
-        }
         self.record["bits"] = sweep(
             self.folder,
-            sources,
+            self.held_out(),
             seq_length=self.config.data.seq_length,
-            max_tokens=EVAL_TOKENS,
+            max_tokens=self.size.eval_tokens,
             bf16=self.config.precision == "bf16",
             say=self.say,
         )
 
     def sample(self) -> None:
         """Samples by checkpoint."""
-        steps = spaced(self.steps, SAMPLED)
+        steps = spaced(self.steps, self.size.sampled)
         rows = samples(
-            self.folder, steps, PROMPTS, max_new_tokens=NEW_TOKENS, seed=self.config.seed
+            self.folder,
+            steps,
+            PROMPTS,
+            max_new_tokens=self.size.new_tokens,
+            seed=self.config.seed,
         )
         write_json(self.folder / "samples" / "samples.json", rows)
         for row in rows:
@@ -226,7 +304,7 @@ class Demo:
                 voices.append(ct2_voice(folder, f"CTranslate2 {quantization}"))
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         texts = held_out_texts(self.corpus.prefixes("valid"), self.config.data.seq_length, count=2)
-        rows = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)
+        rows = compare(voices, prompts, texts, max_new_tokens=self.size.new_tokens)
         for row in rows:
             row["texts"] = [tokenizer.decode(ids) for ids in row.pop("made")]
         self.record["speech"] = {"prompts": PROMPTS, "voices": rows}
@@ -245,7 +323,7 @@ class Demo:
 
 
 def run_demo(
-    overrides: Sequence[str],
+    request: DemoRequest,
     output: str,
     command: Sequence[str],
     say: Callable[[str], None] = print,
@@ -256,15 +334,14 @@ def run_demo(
 
     Raises  ConfigError if the overrides are wrong or name other data; the errors of the stages.
     """
-    words = ["demo", f"output={output}", *overrides]
+    words = ["demo", f"output={output}", *request.overrides]
     # Wrong overrides are reported before the machine is timed.
     config = resolve(words).config
-    resolved = resolve([*words, *choose_precision(config, overrides, say)])
-    if resolved.config.data.train or resolved.config.data.corpus is None:
+    if config.data.train or config.data.corpus is None:
         raise ConfigError(
             "the demo trains on the corpus that it builds; for your own text use castalia train"
         )
-    demo = Demo(resolved, command, say)
+    demo = Demo([*words, *steps_of(request, config.tokens_per_step)], request.minutes, command, say)
     if demo.is_done():
         say(f"the demo in {demo.folder} is done; remove that folder to run it anew")
     else:
@@ -273,6 +350,20 @@ def run_demo(
     if demo.page.is_file():
         say(f"report: {demo.page}")
     return demo.page
+
+
+def steps_of(request: DemoRequest, step_tokens: int) -> list[str]:
+    """The override of the steps that read the tokens of a request, the last one in full.
+
+    Raises  ConfigError if the steps are given as well, or both tokens and minutes.
+    """
+    if request.tokens is None:
+        return []
+    if any(word.startswith("train.steps=") for word in request.overrides):
+        raise ConfigError("--tokens and train.steps both say how long to train; give one of them")
+    if request.minutes is not None:
+        raise ConfigError("--tokens and --minutes both say how long to train; give one of them")
+    return [f"train.steps={max(1, math.ceil(request.tokens / step_tokens))}"]
 
 
 def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
@@ -284,26 +375,6 @@ def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
     weights = record.weights()
     columns = np.stack([weights[0], record.mean_weights(), weights[-1]], axis=1).tolist()
     return dict(zip(record.sources, columns, strict=True))
-
-
-def choose_precision(
-    config: RunConfig, overrides: Sequence[str], say: Callable[[str], None]
-) -> list[str]:
-    """The override `precision=`; none if the user gives one.
-
-    A run in the folder keeps its precision. A new one gets bf16 where this machine is faster in it:
-    not every CPU has instructions for it, and there it is many times slower.
-    """
-    given = any(text.startswith("precision=") for text in overrides)
-    if given and config.precision != "auto":
-        return []
-    if recorded := recorded_precision(config):
-        return [f"precision={recorded}"]
-    device = choose_device(config.device, local_rank=0)
-    factor = times_as_long(config, "fp32", "bf16", device)
-    chosen = "bf16" if factor >= FASTER else "fp32"
-    say(f"precision: {chosen} (here a pass in fp32 takes {factor:.2f} times as long as in bf16)")
-    return [f"precision={chosen}"]
 
 
 def spaced(steps: Sequence[int], count: int) -> list[int]:
