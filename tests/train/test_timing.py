@@ -39,6 +39,20 @@ def test_a_step_takes_its_flops_at_the_rate_of_the_piece(monkeypatch, slow):
     assert whole.tokens_per_second == pytest.approx(768 / whole.seconds)
 
 
+def test_a_slow_start_does_not_decide_between_precisions(monkeypatch):
+    config = load_config(["debug", "device=cpu"])
+    times = {"fp32": [5.0], "bf16": []}  # the first pass of the process, then those of the machine
+
+    def pass_seconds(model, precision, device, rows, length):
+        return (
+            times[precision].pop() if times[precision] else {"fp32": 0.01, "bf16": 0.13}[precision]
+        )
+
+    monkeypatch.setattr(timing, "pass_seconds", pass_seconds)
+    ratio = timing.times_as_long(config, "fp32", "bf16", torch.device("cpu"))
+    assert ratio == pytest.approx(1 / 13)
+
+
 def test_a_device_that_is_not_here_is_not_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(["debug", "device=cuda"])

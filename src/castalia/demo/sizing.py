@@ -220,9 +220,10 @@ def fit_size(
 def reasons(size: DemoSize, config: RunConfig, speed: DemoSpeed, seconds: float) -> list[str]:
     """What was measured, what was chosen and what it costs in quality; `seconds` takes it all."""
     step_tokens = config.tokens_per_step
+    trained = quantity(step_tokens / speed.step_seconds)
     sentences = [
-        f"{name_of_machine(config.device)} trains {quantity(step_tokens / speed.step_seconds)} tokens/s in"
-        f" {size.precision} and reads {quantity(speed.reading_rate)}"
+        f"{name_of_machine(config.device)} trains {trained} tokens/s in {size.precision} and reads"
+        f" {quantity(speed.reading_rate)}"
     ]
     minutes = f"{size.minutes:g} minute{'' if size.minutes == 1 else 's'}"
     whole = DemoSize(size.precision, config.train.steps, minutes=size.minutes)
