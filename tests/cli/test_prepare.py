@@ -26,7 +26,7 @@ def test_summary(run, tmp_path):
     assert out.startswith(
         "data/x: 2 documents (1 empty skipped), 10 tokens as uint16, 8 B of text in "
     )
-    assert out.endswith("B/s)\n") and "MB" not in out
+    assert out.endswith("B/s), encoded by numpy\n") and "MB" not in out
     assert bytes(IndexedDataset(tmp_path / "data" / "x")[1][:-1].tolist()) == b"three"
     assert sorted(os.listdir(tmp_path / "data")) == [
         "x.bin",

@@ -131,7 +131,8 @@ def print_summary(prepared: "Prepared", as_json: bool) -> None:
     if prepared.done_before:
         typer.echo("an earlier run of the same command has finished; nothing was written")
     by = prepared.by
-    if prepared.fallback_reason:
+    # Parts that both encoded have a warning of their own.
+    if prepared.fallback_reason and "gigatoken" not in by:
         by += f" ({prepared.fallback_reason})"
     notes = []
     if prepared.empty:

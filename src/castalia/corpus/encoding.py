@@ -66,7 +66,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.dtype = best_dtype(tokenizer.vocab_size)
         self.fast_path: FastPath | None = None
-        self.fallback_reason: str | None = "it is turned off"
+        self.fallback_reason: str | None = "gigatoken is turned off"
         if type(tokenizer) is ByteTokenizer:
             self.fast_path = bytes_as_ids
             self.fallback_reason = None
