@@ -179,6 +179,8 @@ def test_a_demo_shrinks_until_it_fits():
 
 def test_the_choice_is_said_with_what_it_costs(monkeypatch: pytest.MonkeyPatch):
     config = load_config(["demo", "device=cpu"])
+    machine = SimpleNamespace(processor="A CPU", level="x86-64-v3", threads=2)
+    monkeypatch.setattr(sizing, "this_machine", lambda: machine)
 
     def why(step_seconds: float) -> str:
         speed = DemoSpeed(step_seconds, 4000 / step_seconds)
@@ -187,18 +189,21 @@ def test_the_choice_is_said_with_what_it_costs(monkeypatch: pytest.MonkeyPatch):
 
     assert "the whole demo fits in 4 minutes: 1,000 steps" in why(0.08)
     slow = why(0.5)
-    assert "trains 4.1k tokens/s in fp32" in slow and "of 1,000 steps" in slow
+    assert slow.startswith("A CPU (x86-64-v3, 2 threads) trains 4.1k tokens/s in fp32")
+    assert "of 1,000 steps" in slow
     assert "a worse model; the whole demo: castalia demo --minutes 12 --output FOLDER" in slow
 
 
 def test_a_demo_is_measured_and_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = [word for word in SMALL if not word.startswith("train.steps")]
     monkeypatch.setattr(sizing, "TRIAL_SECONDS", 0.01)
+    monkeypatch.setattr(sizing, "name_of_machine", lambda device: "A CPU")
 
     class StoppedError(Exception):
         pass
 
     def stop(self: stages.Demo) -> None:
+        """Training."""
         raise StoppedError
 
     monkeypatch.setattr(stages.Demo, "train", stop)
