@@ -20,6 +20,7 @@ from castalia.distributed import World
 from castalia.distributed.world import choose_device
 from castalia.eval import HeldOut, bits_per_byte
 from castalia.machine import this_machine
+from castalia.models import Decoder
 from castalia.monitor import quantity
 from castalia.runs.config import RunConfig
 from castalia.runs.named_corpus import ensure_corpus
@@ -126,7 +127,8 @@ def measure_speed(config: RunConfig, source: HeldOut) -> DemoSpeed:
 def reading_rate(trainer: Trainer, source: HeldOut) -> float:
     """Tokens a second at which the model in training reads held-out text, as `sweep` does."""
     config = trainer.config
-    assert config.data.tokenizer is not None
+    # A pipeline has no demo.
+    assert isinstance(trainer.model, Decoder) and config.data.tokenizer is not None
     eod_id = load_tokenizer(config.data.tokenizer).eod_id
     rate = 0.0
     for _ in range(2):  # the first warms up
