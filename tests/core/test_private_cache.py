@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.core import native_code
+from castalia.core import compilers, native_code
 from castalia.core.private_cache import PrivateCache, keep_compiled_code_private, replaceable
 
 KEY = "0123456789abcdef"
@@ -70,7 +70,7 @@ def test_files_of_killed_writers_are_swept(tmp_path):
     assert not old.exists() and young.exists()
 
 
-@pytest.mark.skipif(native_code.chosen_compiler() is None, reason="no C++ compiler here")
+@pytest.mark.skipif(compilers.chosen_compiler() is None, reason="no C++ compiler here")
 def test_a_library_is_compiled_anew_where_the_cached_one_is_not_ours(tmp_path, monkeypatch):
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')

@@ -1,13 +1,13 @@
 """Packed weights and every kernel against plain products in float64."""
 
 import ctypes
-import platform
 
 import pytest
 import torch
 
-from castalia.core import native_code
+from castalia.core import compilers, native_code
 from castalia.core.errors import ConfigError
+from castalia.core.levels import LEVELS, Level, architecture, levels_here
 from castalia.distributed import initialize
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -101,37 +101,44 @@ def test_whole_numbers_are_summed_exactly(
         assert (got - make("int8_dynamic", packed)(x)).abs().max() < 3e-6 * want.abs().max()
 
 
-@pytest.mark.skipif(native_code.chosen_compiler() is None, reason="no C++ compiler here")
+PLAIN = Level("plain", frozenset())
+"""What every compiler makes without a flag."""
+BUILT = [level for level in LEVELS.get(architecture(), ()) if level.has_code]
+
+
+@pytest.mark.skipif(compilers.chosen_compiler() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize(
-    "processor",
+    "level",
     [
         # Plain C++ is slow.
-        pytest.param([], marks=pytest.mark.slow),
-        ["-mavx2", "-mfma"],
-        ["-mavx2", "-mfma", "-mavxvnni"],
+        pytest.param(PLAIN, id="plain", marks=pytest.mark.slow),
+        *(pytest.param(level, id=level.name) for level in BUILT),
     ],
 )
-def test_processors_with_fewer_instructions_sum_the_same(
-    layer: tuple[torch.Tensor, torch.Tensor], processor: list[str]
-) -> None:
-    flags = [flag for flag in native_code.FLAGS if flag != "-march=native"]
-    if processor and platform.machine() != "x86_64":
-        pytest.skip("these are instructions of x86-64")
-    if processor and not {"avx2", "avx_vnni"} <= set(native_code.processor().split()):
-        pytest.skip("this processor lacks them")
-    compiler = native_code.chosen_compiler()
-    code = native_code.compiled_code(compiled.SOURCE, compiler, [*flags, *processor])
-    plain = compiled.declared(native_code.load(code, "plain"))
-    assert plain.castalia_has_dot() == ("-mavxvnni" in processor)
+def test_all_levels_sum_the_same(layer: tuple[torch.Tensor, torch.Tensor], level: Level) -> None:
+    if level is not PLAIN and level not in levels_here():
+        pytest.skip("this processor lacks its instructions")
+    compiler = compilers.chosen_compiler()
+    assert compiler is not None
+    code = native_code.machine_code(compiled.SOURCE, compiler, level)
+    native = compiled.declared(native_code.load(code, level.name))
+    assert native.castalia_level().decode() == level.name
     x = torch.randn(11, 64, generator=torch.Generator().manual_seed(2))
     q, step = steps_of(x)
     for storage in compiled.KINDS:
         packed = pack(*layer, storage)
         inputs = q.double() * step.double() if storage.startswith("int") else x.double()
         want = inputs @ dense(packed).double().T + layer[1].double()
-        got = compiled.multiply(plain, compiled.c_linear(packed), x, 100)
+        got = compiled.multiply(native, compiled.c_linear(packed), x, 100)
         assert (got - want).abs().max() < 3e-6 * want.abs().max()
-    require_whole_steps(plain)
+    # Without a bias nothing rounds but the product of two scales and an integer.
+    packed = pack(layer[0], None, "int8")
+    got = compiled.multiply(native, compiled.c_linear(packed), x, 100)
+    sums = (q.double() @ quantized_rows(packed)[0][:100].double().T).float()
+    scale = packed.scale
+    assert scale is not None
+    assert torch.equal(got, sums * (scale[:100] * step))
+    require_whole_steps(native)
 
 
 def require_whole_steps(plain: ctypes.CDLL) -> None:
@@ -150,7 +157,7 @@ def require_whole_steps(plain: ctypes.CDLL) -> None:
 
 def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASTALIA_CXX", "none")
-    assert native_code.chosen_compiler() is None
+    assert compilers.chosen_compiler() is None
     assert compiled.library.__wrapped__() is None
     monkeypatch.setenv("CASTALIA_CXX", "false")
     with pytest.warns(

@@ -1,45 +1,56 @@
-"""C++ sources of the package, built once for each machine, for use through ctypes. Needs no torch.
+"""C++ sources of the package as libraries for ctypes: from the wheel, or built once on the machine.
 
-A build needs g++ or clang++; CASTALIA_CXX names another compiler, and `none` turns all builds off.
-Every caller has the same computation in torch, for machines without a compiler.
+Each source is compiled for each level of instructions (castalia.core.levels), and the best one that
+this machine has is loaded. A wheel carries all of them (see setup.py). Where the package has none,
+as in an editable installation, this level alone is built at first use by a compiler of
+castalia.core.compilers. Every caller has the same computation in torch, for machines with neither.
 
-The machine code is kept in a cache that only this user can write, under its SHA-256. It is loaded
-from a copy in memory of the bytes that were checked, never from the file: a truncated library ends
-the process with SIGBUS, and a foreign one runs as soon as it is loaded.
+Libraries that are built here are kept in a cache that only this user can write, under their
+SHA-256; those of the wheel have theirs in `prebuilt.json`. A library is loaded from a copy in
+memory of the bytes that were checked, never from the file: a truncated one ends the process with
+SIGBUS, and a foreign one runs as soon as it is loaded.
 """
 
 import ctypes
 import hashlib
+import json
 import os
-import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from castalia.core.compilers import chosen_compiler, compiled_code, options, version_of
 from castalia.core.files import cache_folder
+from castalia.core.levels import Level, levels_here
 from castalia.core.private_cache import PrivateCache
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
-COMPILERS = ("g++", "clang++", "c++")
-COMPILE_SECONDS = 180
-"""A compiler that takes longer hangs."""
 FOLDER = "native"
 """The part of the cache folder that holds the machine code."""
+PREBUILT = "prebuilt.json"
+"""Beside a source: its libraries, {level: {"file", "sha256", "source"}}."""
+HEADERS = Path(__file__).parent
+"""Where the sources' common headers are."""
 
 
 def native_library(source: Path, what: str) -> ctypes.CDLL | None:
     """The functions of `source`; None, with a warning about `what`, where they cannot be built.
 
-    None without a warning where there is no compiler.
+    None without a warning where there is neither a library in the package nor a compiler.
+    Raises  ConfigError if CASTALIA_ISA names no level.
     """
+    levels = levels_here()
+    for level in levels:
+        code = prebuilt_code(source, level)
+        if code is not None:
+            return load(code, source.stem)
     compiler = chosen_compiler()
-    if compiler is None:
+    if compiler is None or not levels:
         return None
+    level = next(level for level in levels if level.has_code)
     try:
-        return load(machine_code(source, compiler), source.stem)
+        return load(machine_code(source, compiler, level), source.stem)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(
@@ -48,29 +59,36 @@ def native_library(source: Path, what: str) -> ctypes.CDLL | None:
         return None
 
 
-def chosen_compiler() -> str | None:
-    """Path of the compiler, or None."""
-    wanted = os.environ.get("CASTALIA_CXX")
-    if wanted == "none":
+def prebuilt_code(source: Path, level: Level) -> bytes | None:
+    """The library of the package; None, with a warning where it is damaged, if it has none."""
+    try:
+        facts = json.loads(source.with_name(PREBUILT).read_bytes())[source.name][level.name]
+    except (OSError, ValueError, KeyError):
         return None
-    for name in [wanted] if wanted else COMPILERS:
-        path = shutil.which(name)
-        if path is not None:
-            return path
+    path = source.with_name(facts["file"])
+    with suppress(OSError):
+        code = path.read_bytes()
+        if hashlib.sha256(code).hexdigest() == facts["sha256"]:
+            return code if facts["source"] == source_hash(source) else None
+    warnings.warn(f"{path} is damaged; install castalia again", stacklevel=4)
     return None
 
 
-def machine_code(source: Path, compiler: str) -> bytes:
-    """The library for this source, compiler and processor, compiled if the cache has no whole one.
+def source_hash(source: Path) -> str:
+    """SHA-256 of a source with the headers that it may include."""
+    headers = sorted(HEADERS.glob("*.h"))
+    content = b"\0".join(path.read_bytes() for path in (source, *headers))
+    return hashlib.sha256(content).hexdigest()
+
+
+def machine_code(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:
+    """The library for this source, compiler and level, compiled if the cache has no whole one.
 
     Raises  CalledProcessError or TimeoutExpired if the compiler fails.
     """
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout
     # All that decides about the machine code, so that a shared home serves several machines.
-    decisive = "\n".join((source.read_text(), " ".join(FLAGS), version, processor()))
-    key = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    decisive = (source_hash(source), *options(compiler, level), version_of(compiler))
+    key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()[:16]
     try:
         cache = PrivateCache(cache_folder() / FOLDER)
     except PermissionError as error:
@@ -78,13 +96,13 @@ def machine_code(source: Path, compiler: str) -> bytes:
         if error.errno is None:
             notice = f"{error}, else {source.name} is compiled at every start"
             warnings.warn(notice, stacklevel=4)
-        return compiled_code(source, compiler)
+        return compiled_code(source, compiler, level)
     except OSError:  # a read-only home, or none
-        return compiled_code(source, compiler)
+        return compiled_code(source, compiler, level)
     with cache:
         code = cache.read(key)
         if code is None:
-            code = compiled_code(source, compiler)
+            code = compiled_code(source, compiler, level)
             with suppress(OSError):  # a full disk
                 cache.write(key, code)
     return code
@@ -115,7 +133,7 @@ def in_memory(code: bytes, name: str) -> str:
 
 
 def processor() -> str:
-    """The lines of /proc/cpuinfo that decide what -march=native means."""
+    """The lines of /proc/cpuinfo that say which processor this is."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -123,20 +141,3 @@ def processor() -> str:
     return "\n".join(
         sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     )
-
-
-def compiled_code(source: Path, compiler: str, flags: Sequence[str] = FLAGS) -> bytes:
-    """The library that the compiler makes of a source.
-
-    Raises  CalledProcessError or TimeoutExpired if the compiler fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="castalia-") as folder:
-        path = Path(folder) / f"{source.stem}.so"
-        # A compiler without OpenMP, as Apple's is, builds the same code for one thread.
-        for threads in (["-fopenmp"], []):
-            command = [compiler, *flags, *threads, str(source), "-o", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            if done.returncode == 0:
-                break
-        done.check_returncode()
-        return path.read_bytes()

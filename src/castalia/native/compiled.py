@@ -1,6 +1,6 @@
-"""The compiled part of the native engine: step.cpp, built once for each machine, through ctypes.
+"""The compiled part of the native engine: step.cpp at this machine's level, through ctypes.
 
-Without a compiler the engine runs on torch's operators: the same numbers up to rounding, in slower
+Without a library the engine runs on torch's operators: the same numbers up to rounding, in slower
 steps; see castalia.core.native_code.
 """
 
@@ -38,9 +38,18 @@ class CLinear(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one warning, where they cannot be built."""
+    """The compiled kernels; None, with one warning, where they cannot be built.
+
+    Raises  ConfigError if CASTALIA_ISA names no level.
+    """
     built = native_library(SOURCE, "the native kernels")
     return None if built is None else declared(built)
+
+
+def level() -> str | None:
+    """The instructions that the compiled step uses, as in castalia.core.levels; None without it."""
+    loaded = library()
+    return None if loaded is None else str(loaded.castalia_level().decode())
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -49,6 +58,7 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.castalia_linear.argtypes = [Pointer, Pointer, Long, Pointer, Long, ctypes.c_int]
     loaded.castalia_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
     loaded.castalia_choose.argtypes = [Pointer, Pointer, Pointer, Pointer, ctypes.c_int]
+    loaded.castalia_level.restype = ctypes.c_char_p
     return loaded
 
 

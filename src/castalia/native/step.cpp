@@ -1,5 +1,6 @@
 // One forward pass of a transformer decoder on a CPU, in one call: a decode step of a small model lasts less than the
-// Python that would dispatch its operators. Compiled at first use by compiled.py; plain C, no header of torch.
+// Python that would dispatch its operators. Compiled for several levels of instructions (castalia.core.levels), for use
+// through compiled.py; no header of torch, nothing of the C++ library but what stands in headers.
 // What a block computes is data: small integers in `Model` and `Layer`, filled by fused.py.
 //
 // A batch is M rows, each one token with the slot of its sequence and its position there. So prompts of unequal length
@@ -14,15 +15,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
-#include <vector>
-#if defined(__AVX512F__) || defined(__AVXVNNI__)
+#include "../core/threads.h"
+#if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 constexpr int P = 16;      // output channels in a panel, float lanes of a vector
@@ -112,9 +109,15 @@ struct Input {  // rows of activations as the kernels of one kind read them
     const float *x;
     int8_t *q;       // (M, K), round(x / step)
     float *step;     // (M,)
-    int32_t *sum;    // int8: (M,) -128 * sum of q; int4: (M, groups) -8 * sum of a group's q
+    int32_t *sum;    // int8: (M,) -ADDED * sum of q; int4: (M, groups) -8 * sum of a group's q
     int64_t k, groups;
 };
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int ADDED = 128;  // to weights and keys before they are multiplied
+#else
+constexpr int ADDED = 0;
+#endif
 
 static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     const float *x = in.x + m * in.k;
@@ -125,10 +128,9 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     float step = largest / 127.0f;
     float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     in.step[m] = step;
-    const float magic = 12582912.0f;  // adding it rounds to the nearest whole number, ties to even
 #pragma omp simd
-    for (int64_t i = 0; i < in.k; i++) q[i] = (int8_t)(int32_t)((x[i] * inverse + magic) - magic);
-    int64_t width = kind == INT4 ? GROUP : in.k, offset = kind == INT4 ? -8 : -128;
+    for (int64_t i = 0; i < in.k; i++) q[i] = (int8_t)(int32_t)std::rint(x[i] * inverse);
+    int64_t width = kind == INT4 ? GROUP : in.k, offset = kind == INT4 ? -8 : -ADDED;
     for (int64_t g = 0; g < in.groups; g++) {
         int32_t sum = 0;
         for (int64_t i = g * width; i < (g + 1) * width; i++) sum += q[i];
@@ -136,33 +138,99 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     }
 }
 
-extern "C" int castalia_has_dot() {  // whether the processor multiplies bytes and sums them in one instruction
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-    return 1;
-#else
-    return 0;
-#endif
+// Bytes are multiplied by bytes and summed by fours into 16 lanes, in integers. `dot` takes weights or keys as
+// `factors` returns them, `dot_small` bytes from 0 to 127. Instructions of x86-64 multiply unsigned bytes by signed
+// ones. With VNNI, 128 is added to signed bytes, and what that adds is taken off at the end. Before VNNI, 16 bits hold
+// the sum of two products, which 255 * 127 would overflow, so the sign of a weight moves to the other factor.
+static inline I factors(I bytes) { return ADDED ? bytes ^ (I{} + (int32_t)0x80808080) : bytes; }
+
+static inline int32_t four_of(const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return four;
 }
 
-static inline I dot(I sum, I unsigned_bytes, const int8_t *x) {  // lane += 4 unsigned bytes times the 4 signed of x
 #ifdef __AVX512VNNI__
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, _mm512_set1_epi32(four));
-#elif defined(__AVXVNNI__)
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    __m256i halves[2], bytes[2];
-    std::memcpy(halves, &sum, 64);
-    std::memcpy(bytes, &unsigned_bytes, 64);
-    for (int i = 0; i < 2; i++) halves[i] = _mm256_dpbusd_avx_epi32(halves[i], bytes[i], _mm256_set1_epi32(four));
-    std::memcpy(&sum, halves, 64);
-    return sum;
+static inline I dot(I sum, I bytes, const int8_t *x) {
+    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, _mm512_set1_epi32(four_of(x)));
+}
+static inline I dot_small(I sum, I bytes, const int8_t *x) { return dot(sum, bytes, x); }
+#elif defined(__AVX512BW__)
+static inline I dot_small(I sum, I bytes, const int8_t *x) {
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)bytes, _mm512_set1_epi32(four_of(x)));
+    return sum + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+static inline I dot(I sum, I bytes, const int8_t *x) {
+    __m512i w = (__m512i)bytes, other = _mm512_set1_epi32(four_of(x));
+    __mmask64 negative = _mm512_movepi8_mask(w);
+    other = _mm512_mask_sub_epi8(other, negative, _mm512_setzero_si512(), other);
+    __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), other);
+    return sum + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
 #else
-    for (int j = 0; j < 4; j++) sum += ((unsigned_bytes >> (8 * j)) & 255) * (int32_t)x[j];
-    return sum;
+#if defined(__AVX2__)
+typedef __m256i Part;
+static inline Part four_times(int32_t four) { return _mm256_set1_epi32(four); }
+#ifdef __AVXVNNI__
+static inline Part dot_small(Part sum, Part w, Part x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+static inline Part dot(Part sum, Part w, Part x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#else
+static inline Part dot_small(Part sum, Part w, Part x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+static inline Part dot(Part sum, Part w, Part x) { return dot_small(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
+#endif
+#elif defined(__SSSE3__)
+typedef __m128i Part;
+static inline Part four_times(int32_t four) { return _mm_set1_epi32(four); }
+static inline Part dot_small(Part sum, Part w, Part x) {
+    return _mm_add_epi32(sum, _mm_madd_epi16(_mm_maddubs_epi16(w, x), _mm_set1_epi16(1)));
+}
+static inline Part dot(Part sum, Part w, Part x) { return dot_small(sum, _mm_abs_epi8(w), _mm_sign_epi8(x, w)); }
+#elif defined(__aarch64__)
+typedef int32x4_t Part;
+static inline Part four_times(int32_t four) { return vdupq_n_s32(four); }
+static inline Part dot(Part sum, Part w, Part x) {
+    int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(sum, a, b);
+#else
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
 #endif
 }
+static inline Part dot_small(Part sum, Part w, Part x) { return dot(sum, w, x); }
+#else
+struct Part {
+    int32_t lane;
+};
+static inline Part four_times(int32_t four) { return {four}; }
+static inline Part dot(Part sum, Part w, Part x) {
+    for (int j = 0; j < 32; j += 8) sum.lane += (int8_t)(w.lane >> j) * (int8_t)(x.lane >> j);
+    return sum;
+}
+static inline Part dot_small(Part sum, Part w, Part x) { return dot(sum, w, x); }
+#endif
+constexpr int PARTS = sizeof(I) / sizeof(Part);
+
+static inline I dot(I sum, I bytes, const int8_t *x) {
+    Part sums[PARTS], parts[PARTS], other = four_times(four_of(x));
+    std::memcpy(sums, &sum, sizeof(I));
+    std::memcpy(parts, &bytes, sizeof(I));
+    for (int i = 0; i < PARTS; i++) sums[i] = dot(sums[i], parts[i], other);
+    std::memcpy(&sum, sums, sizeof(I));
+    return sum;
+}
+
+static inline I dot_small(I sum, I bytes, const int8_t *x) {
+    Part sums[PARTS], parts[PARTS], other = four_times(four_of(x));
+    std::memcpy(sums, &sum, sizeof(I));
+    std::memcpy(parts, &bytes, sizeof(I));
+    for (int i = 0; i < PARTS; i++) sums[i] = dot_small(sums[i], parts[i], other);
+    std::memcpy(&sum, sums, sizeof(I));
+    return sum;
+}
+#endif
 
 // Rows that share a panel keep the processor busy longer than its own prefetching looks ahead. For one row, which only
 // waits for memory, more requests are slower.
@@ -204,18 +272,17 @@ template <int M> static void panel_bf16(const uint16_t *w, const float *x, int64
 
 template <int M> static void panel_int8(const int8_t *w, const float *scale, const Input &in, int64_t first, V *out) {
     constexpr int U = M >= 4 ? 1 : 4;
-    const I flip = (I{} + (int32_t)0x80808080);  // signed bytes to unsigned ones, 128 larger
     I sum[M][U] = {};
     const int8_t *x = in.q + first * in.k;
     int64_t i = 0;
     for (; i + 4 * U <= in.k; i += 4 * U)
         for (int u = 0; u < U; u++) {
-            I bytes = *(const IU *)(w + (i + 4 * u) * P) ^ flip;
+            I bytes = factors(*(const IU *)(w + (i + 4 * u) * P));
             fetch_ahead<M>(w + (i + 4 * u) * P);
             for (int m = 0; m < M; m++) sum[m][u] = dot(sum[m][u], bytes, x + m * in.k + i + 4 * u);
         }
     for (; i < in.k; i += 4)
-        for (int m = 0; m < M; m++) sum[m][0] = dot(sum[m][0], *(const IU *)(w + i * P) ^ flip, x + m * in.k + i);
+        for (int m = 0; m < M; m++) sum[m][0] = dot(sum[m][0], factors(*(const IU *)(w + i * P)), x + m * in.k + i);
     for (int m = 0; m < M; m++) {
         I whole = sum[m][0] + in.sum[first + m];
         for (int u = 1; u < U; u++) whole += sum[m][u];
@@ -236,7 +303,7 @@ static void panel_int4(const uint8_t *w, const uint16_t *scale, const Input &in,
             I even = both & low, odd = (both >> 4) & low;
             for (int m = 0; m < M; m++) {
                 const int8_t *x = in.q + (first + m) * in.k + g * GROUP + j;
-                part[m] = dot(dot(part[m], even, x), odd, x + 4);
+                part[m] = dot_small(dot_small(part[m], even, x), odd, x + 4);
             }
         }
         V step = widen(scale + g * P);
@@ -252,7 +319,8 @@ template <int M> static void panel(const Linear &l, const Input &in, int64_t num
     if (l.kind == BF16) panel_bf16<M>((const uint16_t *)w + cells, in.x + first * l.k, l.k, out);
     if (l.kind == INT8) panel_int8<M>((const int8_t *)w + cells, (const float *)l.scale + number * P, in, first, out);
     if (l.kind == INT4)
-        panel_int4<M>((const uint8_t *)w + cells / 2, (const uint16_t *)l.scale + number * P * in.groups, in, first, out);
+        panel_int4<M>((const uint8_t *)w + cells / 2, (const uint16_t *)l.scale + number * P * in.groups, in, first,
+                      out);
 }
 
 static void panel_of(const Linear &l, const Input &in, int64_t number, int64_t first, int64_t rows, V *out) {
@@ -295,9 +363,10 @@ static inline void place(float *to, V v, int64_t lanes) {
 
 // y (M, N) = after(x W^T + bias); ADD adds to what is there. `width` is how many of the N columns y has. A thread takes
 // neighbouring panels, and all rows of one before the next, so that weights are read from memory once.
-static void linear(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int after) {
-#pragma omp for schedule(static) nowait
-    for (int64_t number = 0; number < l.n / P; number++)
+static void linear(const Thread &thread, const Linear &l, const Input &in, int64_t M, float *y, int64_t width,
+                   int after) {
+    const Range mine = thread.share(l.n / P);
+    for (int64_t number = mine.begin; number < mine.end; number++)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V out[BLOCK];
             int64_t rows = std::min<int64_t>(BLOCK, M - first), lanes = std::min<int64_t>(P, width - number * P);
@@ -314,9 +383,10 @@ static void linear(const Linear &l, const Input &in, int64_t M, float *y, int64_
 }
 
 // y (M, width) = act(gate) * up; panels of gate and up alternate, so that one thread has both while they are hot.
-static void gated_linear(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int act) {
-#pragma omp for schedule(static) nowait
-    for (int64_t number = 0; number < l.n / P; number += 2)
+static void gated_linear(const Thread &thread, const Linear &l, const Input &in, int64_t M, float *y, int64_t width,
+                         int act) {
+    const Range pairs = thread.share(l.n / P / 2);
+    for (int64_t number = 2 * pairs.begin; number < 2 * pairs.end; number += 2)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V gate[BLOCK], up[BLOCK];
             int64_t rows = std::min<int64_t>(BLOCK, M - first), column = number / 2 * P;
@@ -333,11 +403,10 @@ static void gated_linear(const Linear &l, const Input &in, int64_t M, float *y, 
         }
 }
 
-static void prepare(const Linear &l, const Input &in, int64_t M) {  // activations of all rows for a kernel
-    if (l.kind == INT8 || l.kind == INT4) {
-#pragma omp for schedule(static) nowait
-        for (int64_t m = 0; m < M; m++) quantize_row(in, m, l.kind);
-    }
+static void prepare(const Thread &thread, const Linear &l, const Input &in, int64_t M) {  // activations for a kernel
+    if (l.kind != INT8 && l.kind != INT4) return;
+    const Range rows = thread.share(M);
+    for (int64_t m = rows.begin; m < rows.end; m++) quantize_row(in, m, l.kind);
 }
 
 // ----------------------------------------------------------------------------------------------------------- model
@@ -493,30 +562,33 @@ static void norm_heads(const Model &m, const Norm &norm, float *x, int64_t heads
     }
 }
 
-static void norm_queries_and_keys(const Model &m, const Layer &l, int64_t M, float *qkv) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < M; i++) {
+static void norm_queries_and_keys(const Thread &thread, const Model &m, const Layer &l, int64_t M, float *qkv) {
+    const Range rows = thread.share(M);
+    for (int64_t i = rows.begin; i < rows.end; i++) {
         float *row = qkv + i * m.qkv_width;
         norm_heads(m, l.q_norm, row, m.heads, m.q_step);
         norm_heads(m, l.k_norm, row + m.k_first, m.kv_heads, m.k_step);
     }
+    thread.barrier();
 }
 
 // Rotation of queries and keys; keys and values go into the cache.
-static void remember(const Model &model, const Cache &cache, const Batch &batch, int64_t layer, float *qkv) {
+static void remember(const Thread &thread, const Model &model, const Cache &cache, const Batch &batch, int64_t layer,
+                     float *qkv) {
     int64_t D = model.head_dim, half = model.rotary / 2, G = model.heads / model.kv_heads;
-    if (model.qk_norm) norm_queries_and_keys(model, model.layer[layer], batch.rows, qkv);
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t m = 0; m < batch.rows; m++)
-        for (int64_t h = 0; h < model.kv_heads; h++) {
-            float *row = qkv + m * model.qkv_width;
-            float *k = row + model.k_first + h * model.k_step, *v = row + model.v_first + h * model.k_step;
-            int64_t position = batch.position[m];
-            const float *cos = model.cos + position * half, *sin = model.sin + position * half;
-            for (int64_t g = 0; g < G; g++) turn(row + (h * G + g) * model.q_step, cos, sin, half);
-            turn(k, cos, sin, half);
-            keep(cache, places(model, cache, layer, batch.slot[m], h), position, k, v, D);
-        }
+    if (model.qk_norm) norm_queries_and_keys(thread, model, model.layer[layer], batch.rows, qkv);
+    const Range heads = thread.share(batch.rows * model.kv_heads);
+    for (int64_t i = heads.begin; i < heads.end; i++) {
+        int64_t m = i / model.kv_heads, h = i % model.kv_heads;
+        float *row = qkv + m * model.qkv_width;
+        float *k = row + model.k_first + h * model.k_step, *v = row + model.v_first + h * model.k_step;
+        int64_t position = batch.position[m];
+        const float *cos = model.cos + position * half, *sin = model.sin + position * half;
+        for (int64_t g = 0; g < G; g++) turn(row + (h * G + g) * model.q_step, cos, sin, half);
+        turn(k, cos, sin, half);
+        keep(cache, places(model, cache, layer, batch.slot[m], h), position, k, v, D);
+    }
+    thread.barrier();
 }
 
 // ------------------------------------------------------------------------------------------------------- attention
@@ -535,7 +607,7 @@ struct Query {
     const float *bias;    // of position 0, or null
     float *p;             // scores, then probabilities, from the first position of its group on
     int8_t *high, *low;   // int8 cache: x = step * (128 * high + low)
-    float step, offset;   // int8 cache: what 128 larger keys add, in steps
+    float step, offset;   // int8 cache: what larger keys add, in steps
 };
 
 // Both halves together hold 15 bits, so that the cache alone is rounded to 8.
@@ -548,7 +620,7 @@ static void halve(Query &query, int64_t D) {
         high_sum += query.high[d] = (int8_t)high;
         low_sum += query.low[d] = (int8_t)(whole - high * 128);
     }
-    query.offset = 128.0f * (128.0f * high_sum + low_sum);
+    query.offset = (float)ADDED * (128.0f * high_sum + low_sum);
 }
 
 // Scores of Q queries with 16 B positions from t on.
@@ -569,6 +641,7 @@ static void score_int8(const Places &from, const Query *query, int64_t D, int64_
     for (int64_t d = 0; d < D; d += 4)
         for (int b = 0; b < B; b++) {
             I keys = *(const IU *)(k + (b * D + d) * P);
+            if (!ADDED) keys ^= I{} + (int32_t)0x80808080;  // they are stored 128 larger
             for (int i = 0; i < Q; i++) {
                 high[i][b] = dot(high[i][b], keys, query[i].high + d);
                 low[i][b] = dot(low[i][b], keys, query[i].low + d);
@@ -711,24 +784,24 @@ static bool is_run(const Batch &batch, int64_t start, int64_t end) {  // neighbo
 
 // The queries that share one reading of keys and values: all heads of a kv head, and neighbouring tokens. Fewer where
 // some threads would have nothing to do. The results do not depend on it.
-static void attention(const Attention &a, float *scratch, int threads) {
+static void attention(const Thread &thread, const Attention &a, float *scratch) {
     int64_t M = a.batch.rows, G = a.m.heads / a.m.kv_heads, together = QUERIES, tokens, heads, parts, runs;
     for (;; together /= 2) {
         tokens = std::max<int64_t>(1, together / G);
         heads = std::min<int64_t>(together, G);
         parts = (G + heads - 1) / heads;
         runs = (M + tokens - 1) / tokens;
-        if (together == 1 || runs * a.m.kv_heads * parts >= threads) break;
+        if (together == 1 || runs * a.m.kv_heads * parts >= thread.count) break;
     }
-#pragma omp for schedule(dynamic, 1) collapse(3)
-    for (int64_t run = 0; run < runs; run++)
-        for (int64_t kv = 0; kv < a.m.kv_heads; kv++)
-            for (int64_t part = 0; part < parts; part++) {
-                int64_t start = run * tokens, end = std::min(start + tokens, M);
-                int64_t head = kv * G + part * heads, last = std::min(head + heads, (kv + 1) * G);
-                int64_t size = is_run(a.batch, start, end) ? end - start : 1;
-                for (int64_t i = start; i < end; i += size) attend_together(a, i, i + size, head, last, scratch);
-            }
+    const int64_t pieces = runs * a.m.kv_heads * parts;
+    for (int64_t piece = thread.next(); piece < pieces; piece = thread.next()) {
+        int64_t part = piece % parts, kv = piece / parts % a.m.kv_heads, run = piece / parts / a.m.kv_heads;
+        int64_t start = run * tokens, end = std::min(start + tokens, M);
+        int64_t head = kv * G + part * heads, last = std::min(head + heads, (kv + 1) * G);
+        int64_t size = is_run(a.batch, start, end) ? end - start : 1;
+        for (int64_t i = start; i < end; i += size) attend_together(a, i, i + size, head, last, scratch);
+    }
+    thread.barrier();
 }
 
 // --------------------------------------------------------------------------------------------------------- forward
@@ -753,12 +826,11 @@ extern "C" int castalia_linear(const Linear *l, const float *x, int64_t M, float
     Scratch scratch(M * (l->k * 2 + 512) + 1024);
     if (!scratch.memory) return 1;
     Input in = input_of(scratch, x, *l, M);
-#pragma omp parallel num_threads(threads)
-    {
-        prepare(*l, in, M);
-#pragma omp barrier
-        linear(*l, in, M, y, width, PLAIN);
-    }
+    team_run(threads, [&](const Thread &thread) {
+        prepare(thread, *l, in, M);
+        thread.barrier();
+        linear(thread, *l, in, M, y, width, PLAIN);
+    });
     return 0;
 }
 
@@ -767,32 +839,31 @@ struct Forward {  // the activations of one call
     int64_t *slot, *position;  // of the rows that the last layer goes on with
     bool trims;                // whether those are fewer than all
     Input to_qkv, to_up, to_out, to_down, to_head;
-    int threads;
 };
 
-static void norm_rows(const float *x, const int64_t *pick, int64_t M, const Model &m, const Norm &norm, float *y,
-                      const Linear &next, const Input &in) {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < M; i++) {
+static void norm_rows(const Thread &thread, const float *x, const int64_t *pick, int64_t M, const Model &m,
+                      const Norm &norm, float *y, const Linear &next, const Input &in) {
+    const Range rows = thread.share(M);
+    for (int64_t i = rows.begin; i < rows.end; i++) {
         normalize(x + (pick ? pick[i] : i) * m.width, norm, y + i * m.width, m.width, m.epsilon);
         if (next.kind >= INT8) quantize_row(in, i, next.kind);
     }
 }
 
 // x += norm(branch): the residual of a model whose norms come after attention and MLP.
-static void add_normed(float *x, float *branch, int64_t M, const Model &m, const Norm &norm) {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < M; i++) {
+static void add_normed(const Thread &thread, float *x, float *branch, int64_t M, const Model &m, const Norm &norm) {
+    const Range rows = thread.share(M);
+    for (int64_t i = rows.begin; i < rows.end; i++) {
         float *row = branch + i * m.width;
         normalize(row, norm, row, m.width, m.epsilon);
         for (int64_t c = 0; c < m.width; c++) x[i * m.width + c] += row[c];
     }
 }
 
-static void embed(const Model &m, const Batch &batch, float *x) {
+static void embed(const Thread &thread, const Model &m, const Batch &batch, float *x) {
     float factor = (float)m.embed_factor;
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < batch.rows; i++) {
+    const Range rows = thread.share(batch.rows);
+    for (int64_t i = rows.begin; i < rows.end; i++) {
         int64_t from = batch.token[i] * m.width;
         const float *place = m.place ? m.place + batch.position[i] * m.width : nullptr;
         for (int64_t c = 0; c < m.width; c++) {
@@ -805,46 +876,46 @@ static void embed(const Model &m, const Batch &batch, float *x) {
     }
 }
 
-static void mlp_up(const Model &m, const Layer &l, const Forward &f, int64_t M) {
-    if (m.gated) gated_linear(l.up, f.to_up, M, f.inner, m.ffn, m.activation);
-    else linear(l.up, f.to_up, M, f.inner, m.ffn, m.activation);
+static void mlp_up(const Thread &thread, const Model &m, const Layer &l, const Forward &f, int64_t M) {
+    if (m.gated) gated_linear(thread, l.up, f.to_up, M, f.inner, m.ffn, m.activation);
+    else linear(thread, l.up, f.to_up, M, f.inner, m.ffn, m.activation);
 }
 
 // out, up and down of a serial or post-norm block, after attention. A thread adds to the same columns in every product
 // with the residual, so that no barrier is needed between two of them.
-static void rest_of_serial(const Model &m, const Layer &l, const Forward &f, int64_t M) {
+static void rest_of_serial(const Thread &thread, const Model &m, const Layer &l, const Forward &f, int64_t M) {
     if (m.post_norm) {
-        linear(l.out, f.to_out, M, f.n1, m.width, PLAIN);
-#pragma omp barrier
-        add_normed(f.x, f.n1, M, m, l.norm1);
-        prepare(l.up, f.to_up, M);  // a thread has the rows that it added to
+        linear(thread, l.out, f.to_out, M, f.n1, m.width, PLAIN);
+        thread.barrier();
+        add_normed(thread, f.x, f.n1, M, m, l.norm1);
+        prepare(thread, l.up, f.to_up, M);  // a thread has the rows that it added to
     } else {
-        linear(l.out, f.to_out, M, f.x, m.width, ADD);
-#pragma omp barrier
-        norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+        linear(thread, l.out, f.to_out, M, f.x, m.width, ADD);
+        thread.barrier();
+        norm_rows(thread, f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
     }
-#pragma omp barrier
-    mlp_up(m, l, f, M);
-#pragma omp barrier
-    prepare(l.down, f.to_down, M);
-#pragma omp barrier
-    linear(l.down, f.to_down, M, m.post_norm ? f.n2 : f.x, m.width, m.post_norm ? PLAIN : ADD);
+    thread.barrier();
+    mlp_up(thread, m, l, f, M);
+    thread.barrier();
+    prepare(thread, l.down, f.to_down, M);
+    thread.barrier();
+    linear(thread, l.down, f.to_down, M, m.post_norm ? f.n2 : f.x, m.width, m.post_norm ? PLAIN : ADD);
     if (m.post_norm) {
-#pragma omp barrier
-        add_normed(f.x, f.n2, M, m, l.norm2);
+        thread.barrier();
+        add_normed(thread, f.x, f.n2, M, m, l.norm2);
     }
 }
 
 // Move the rows whose logits are asked for to the front of residual stream and queries; they are the batch from here.
-static Batch picked(const Model &m, const Batch &batch, const Forward &f) {
-#pragma omp single
-    for (int64_t i = 0; i < batch.wanted; i++) {
+static Batch picked(const Thread &thread, const Model &m, const Batch &batch, const Forward &f) {
+    for (int64_t i = 0; thread.number == 0 && i < batch.wanted; i++) {
         int64_t from = batch.pick[i];
         std::memmove(f.x + i * m.width, f.x + from * m.width, m.width * sizeof(float));
         std::memmove(f.qkv + i * m.qkv_width, f.qkv + from * m.qkv_width, m.qkv_width * sizeof(float));
         f.slot[i] = batch.slot[from];
         f.position[i] = batch.position[from];
     }
+    thread.barrier();
     Batch rest = batch;
     rest.rows = batch.wanted;
     rest.slot = f.slot;
@@ -858,47 +929,54 @@ static bool ascends(const Batch &batch) {  // so that rows can move to the front
     return true;
 }
 
-static void layer_of(const Model &m, const Cache &cache, const Batch &batch, int64_t number, const Forward &f) {
+static void layer_of(const Thread &thread, const Model &m, const Cache &cache, const Batch &batch, int64_t number,
+                     const Forward &f) {
     const Layer &l = m.layer[number];
     int64_t M = batch.rows;
-    if (m.post_norm) prepare(l.qkv, f.to_qkv, M);
-    else norm_rows(f.x, nullptr, M, m, l.norm1, f.n1, l.qkv, f.to_qkv);
-    if (m.parallel && !m.shared_norm) norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
-#pragma omp barrier
-    linear(l.qkv, f.to_qkv, M, f.qkv, m.qkv_width, PLAIN);
+    if (m.post_norm) prepare(thread, l.qkv, f.to_qkv, M);
+    else norm_rows(thread, f.x, nullptr, M, m, l.norm1, f.n1, l.qkv, f.to_qkv);
+    if (m.parallel && !m.shared_norm) norm_rows(thread, f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+    thread.barrier();
+    linear(thread, l.qkv, f.to_qkv, M, f.qkv, m.qkv_width, PLAIN);
     bool trims = f.trims && number == m.layers - 1;
-    if (m.parallel && !trims) mlp_up(m, l, f, M);
-#pragma omp barrier
-    remember(m, cache, batch, number, f.qkv);
+    if (m.parallel && !trims) mlp_up(thread, m, l, f, M);
+    thread.barrier();
+    remember(thread, m, cache, batch, number, f.qkv);
     Batch rest = batch;
     if (trims) {
         // Nobody reads what the other rows would become.
-        rest = picked(m, batch, f);
+        rest = picked(thread, m, batch, f);
         M = rest.rows;
         if (m.parallel) {
-            if (m.shared_norm) norm_rows(f.x, nullptr, M, m, l.norm1, f.n1, l.up, f.to_up);
-            else norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
-#pragma omp barrier
-            mlp_up(m, l, f, M);
+            if (m.shared_norm) norm_rows(thread, f.x, nullptr, M, m, l.norm1, f.n1, l.up, f.to_up);
+            else norm_rows(thread, f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+            thread.barrier();
+            mlp_up(thread, m, l, f, M);
         }
     }
-    float *scratch = f.scores + omp_get_thread_num() * scratch_of_attention(m, cache);
-    attention({m, cache, rest, number, f.qkv, f.attended}, scratch, f.threads);
-    prepare(l.out, f.to_out, M);
-    if (m.parallel) prepare(l.down, f.to_down, M);
-#pragma omp barrier
+    float *scratch = f.scores + thread.number * scratch_of_attention(m, cache);
+    attention(thread, {m, cache, rest, number, f.qkv, f.attended}, scratch);
+    prepare(thread, l.out, f.to_out, M);
+    if (m.parallel) prepare(thread, l.down, f.to_down, M);
+    thread.barrier();
     if (m.parallel) {
-        linear(l.out, f.to_out, M, f.x, m.width, ADD);
-        linear(l.down, f.to_down, M, f.x, m.width, ADD);
+        linear(thread, l.out, f.to_out, M, f.x, m.width, ADD);
+        linear(thread, l.down, f.to_down, M, f.x, m.width, ADD);
     } else {
-        rest_of_serial(m, l, f, M);
+        rest_of_serial(thread, m, l, f, M);
     }
-#pragma omp barrier
+    thread.barrier();
 }
 
 // ---------------------------------------------------------------------------------------------------------- choice
 
 constexpr int64_t COLUMNS = 256;  // logits of a row that exist at a time
+
+static void *memory_for(size_t bytes) {  // of a few numbers a row; without them the machine is at its end
+    void *memory = std::malloc(bytes);
+    if (!memory) std::abort();
+    return memory;
+}
 
 struct Choice {  // what is asked of the logits of the picked rows
     const Linear *screen;  // the head over the real vocabulary in int8, its rows less their mean; null to compute
@@ -956,7 +1034,7 @@ static void absorb(Running &run, const float *row, int64_t first, int64_t count,
 
 // Every logit of rows `start` to `end`, some columns of all rows before the next, so that weights stay in the cache.
 static void choose_fully(const Model &m, const Choice &c, const Input &in, int64_t start, int64_t end) {
-    Running *runs = new Running[end - start];
+    Running *runs = (Running *)memory_for((end - start) * sizeof(Running));
     for (int64_t i = 0; i < end - start; i++) runs[i] = {-INFINITY, -INFINITY, -INFINITY, 0, 0, 0};
     alignas(64) float logits[BLOCK * COLUMNS];
     for (int64_t column = 0; column < m.head.n; column += COLUMNS)
@@ -983,16 +1061,34 @@ static void choose_fully(const Model &m, const Choice &c, const Input &in, int64
         c.gap[i] = run.largest - run.second;
         if (c.label) c.loss[i] = (float)(run.base + std::log(run.sum) - run.label);
     }
-    delete[] runs;
+    std::free(runs);
 }
 
-struct Candidates {  // of a row: tokens whose logit may be the largest
-    std::vector<std::pair<int64_t, float>> tokens;  // with an upper bound of the logit
-    float least;                                    // a lower bound of the largest logit
-    double error;                                   // of a logit, in scales of its token
+struct Candidate {  // a token whose logit may be the largest
+    int64_t token;
+    float upper;  // bound of its logit
 };
 
-// With x' and w' as the screen holds them, x w = x' w' + x (w - w') + (x - x') w', and Cauchy-Schwarz bounds both rests.
+struct Candidates {  // of a row
+    Candidate *list;
+    int64_t count, room;
+    float least;   // a lower bound of the largest logit
+    double error;  // of a logit, in scales of its token
+
+    void add(int64_t token, float upper) {
+        if (count == room) {
+            room = room ? 2 * room : 16;
+            Candidate *larger = (Candidate *)memory_for(room * sizeof(Candidate));
+            if (count) std::memcpy(larger, list, count * sizeof(Candidate));
+            std::free(list);
+            list = larger;
+        }
+        list[count++] = {token, upper};
+    }
+};
+
+// With x' and w' as the screen holds them, x w = x' w' + x (w - w') + (x - x') w', and Cauchy-Schwarz bounds both
+// rests.
 static double error_of(const Choice &c, const Input &in, int64_t row) {
     double norm = 0, rest = 0;
     for (int64_t k = 0; k < in.k; k++) {
@@ -1026,7 +1122,7 @@ static void sift(Candidates &row, V logits, V scale, int64_t first, const Choice
     int64_t lanes = std::min<int64_t>(P, c.tokens - first);
     for (int64_t i = 0; i < lanes; i++) {
         if (upper[i] < least) continue;
-        row.tokens.emplace_back(first + i, upper[i]);
+        row.add(first + i, upper[i]);
         row.least = std::max(row.least, logits[i] - width[i]);
         least = row.least - (float)c.near;
     }
@@ -1035,11 +1131,8 @@ static void sift(Candidates &row, V logits, V scale, int64_t first, const Choice
 // As choose_fully, without losses: bounds of all logits in int8, then those that may be the largest in float32.
 static void choose_screened(const Model &m, const Choice &c, const Input &in, const Input &screened, int64_t start,
                             int64_t end) {
-    std::vector<Candidates> found(end - start);
-    for (int64_t i = start; i < end; i++) {
-        found[i - start].least = -INFINITY;
-        found[i - start].error = error_of(c, screened, i);
-    }
+    Candidates *found = (Candidates *)memory_for((end - start) * sizeof(Candidates));
+    for (int64_t i = start; i < end; i++) found[i - start] = {nullptr, 0, 0, -INFINITY, error_of(c, screened, i)};
     const float *scales = (const float *)c.screen->scale;
     for (int64_t column = 0; column < c.screen->n; column += COLUMNS)
         for (int64_t first = start; first < end; first += BLOCK) {
@@ -1062,16 +1155,21 @@ static void choose_screened(const Model &m, const Choice &c, const Input &in, co
     for (int64_t i = start; i < end; i++) {
         Candidates &row = found[i - start];
         Running run = {-INFINITY, -INFINITY, 0, 0, 0, 0};
-        for (auto &[token, upper] : row.tokens)
-            if (upper >= row.least - (float)c.near) take(run, exact(in.x + i * in.k, c.head + token * in.k, in.k), token);
+        for (int64_t n = 0; n < row.count; n++) {
+            const int64_t token = row.list[n].token;
+            if (row.list[n].upper < row.least - (float)c.near) continue;
+            take(run, exact(in.x + i * in.k, c.head + token * in.k, in.k), token);
+        }
+        std::free(row.list);
         c.best[i] = run.best;
         c.gap[i] = run.largest - run.second;
     }
+    std::free(found);
 }
 
-static void choose(const Model &m, const Choice &c, int64_t rows, const Input &in, const Input &screened, int threads) {
-    int64_t part = (rows + threads - 1) / threads, start = omp_get_thread_num() * part;
-    int64_t end = std::min(start + part, rows);
+static void choose(const Thread &thread, const Model &m, const Choice &c, int64_t rows, const Input &in,
+                   const Input &screened) {
+    const auto [start, end] = thread.share(rows);
     if (start >= end) return;
     // A loss is over all logits, so bounds would save nothing.
     if (c.label || !c.screen) return choose_fully(m, c, in, start, end);
@@ -1087,7 +1185,6 @@ static int forward(const Model &m, const Cache &cache, const Batch &batch, const
     Scratch scratch(((M + 16) * row + threads * scores * 4) / 64 * 64);
     if (!scratch.memory) return 1;
     Forward f;
-    f.threads = threads;
     f.trims = batch.wanted < M && ascends(batch);
     f.slot = scratch.take<int64_t>(M);
     f.position = scratch.take<int64_t>(M);
@@ -1105,18 +1202,28 @@ static int forward(const Model &m, const Cache &cache, const Batch &batch, const
     f.to_head = input_of(scratch, f.n1, m.head, M);
     Input screened = {};
     if (choice && choice->screen) screened = input_of(scratch, f.n1, *choice->screen, M);
-#pragma omp parallel num_threads(threads)
-    {
-        embed(m, batch, f.x);
-#pragma omp barrier
-        for (int64_t number = 0; number < m.layers; number++) layer_of(m, cache, batch, number, f);
-        norm_rows(f.x, f.trims ? nullptr : batch.pick, batch.wanted, m, m.norm, f.n1, m.head, f.to_head);
-#pragma omp barrier
-        if (choice) choose(m, *choice, batch.wanted, f.to_head, screened, threads);
-        else linear(m.head, f.to_head, batch.wanted, batch.logits, m.vocab, PLAIN);
-    }
+    team_run(threads, [&](const Thread &thread) {
+        embed(thread, m, batch, f.x);
+        thread.barrier();
+        for (int64_t number = 0; number < m.layers; number++) layer_of(thread, m, cache, batch, number, f);
+        norm_rows(thread, f.x, f.trims ? nullptr : batch.pick, batch.wanted, m, m.norm, f.n1, m.head, f.to_head);
+        thread.barrier();
+        if (choice) choose(thread, m, *choice, batch.wanted, f.to_head, screened);
+        else linear(thread, m.head, f.to_head, batch.wanted, batch.logits, m.vocab, PLAIN);
+    });
     return 0;
 }
+
+// Whether this level sums products of bytes in few instructions.
+extern "C" int castalia_has_dot() {
+#if defined(__SSSE3__) || defined(__aarch64__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+extern "C" const char *castalia_level() { return CASTALIA_LEVEL; }  // as in castalia.core.levels
 
 extern "C" int castalia_forward(const Model *model, const Cache *cache, const Batch *batch, int threads) {
     return forward(*model, *cache, *batch, nullptr, threads);

@@ -19,6 +19,7 @@ import torch
 from castalia.core.errors import CastaliaError
 from castalia.core.files import cache_folder, write_json
 from castalia.core.native_code import processor
+from castalia.native.compiled import level
 from castalia.native.kernels import KERNELS, Kernel, candidates, make
 from castalia.native.packing import Packed, bare, pack
 
@@ -69,7 +70,7 @@ def remembered(
     shape: tuple[int, int], storage: str, names: tuple[str, ...], rows: tuple[int, ...]
 ) -> Path:
     """The file that stores the choice for a shape."""
-    machine = [processor(), torch.get_num_threads(), torch.__version__]
+    machine = [processor(), level(), torch.get_num_threads(), torch.__version__]
     key = json.dumps([shape, storage, names, rows, *machine])
     return cache_folder() / f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

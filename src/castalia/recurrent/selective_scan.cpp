@@ -1,5 +1,6 @@
-// The selective scan of Mamba on a CPU, forward and backward, without a tensor of all states. Compiled at first use by
-// compiled_scan.py; plain C, no header of torch. selective_scan.py has the same in torch, with the formulas.
+// The selective scan of Mamba on a CPU, forward and backward, without a tensor of all states. Compiled for several
+// levels of instructions (castalia.core.levels), for use through compiled_scan.py. selective_scan.py has the same in
+// torch, with the formulas.
 //
 // Sixteen channels stand side by side in the lanes of a vector, and each has its N numbers in N vectors, so that the
 // recurrence sums nothing across a vector. Names: S rows, T tokens, E channels, N numbers that a channel remembers,
@@ -9,7 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include "../core/threads.h"
 
 typedef float V __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
@@ -86,6 +88,14 @@ struct Sizes {
     Long begin(Long part) const { return blocks() * part / PARTS; }
 };
 
+struct Vectors {  // memory of one part of the work
+    V *first;
+    explicit Vectors(Long count) : first((V *)std::aligned_alloc(sizeof(V), count * sizeof(V))) {
+        if (!first) std::abort();
+    }
+    ~Vectors() { std::free(first); }
+};
+
 struct Inputs {
     const float *u, *dt, *A, *B, *C;
     const uint8_t *starts;
@@ -94,8 +104,8 @@ struct Inputs {
 template <int FIXED>
 static void forward_part(Sizes z, Inputs in, const float *h0, float *y, float *last, float *borders, Long s, Long part) {
     const Long N = FIXED ? FIXED : z.N;
-    std::vector<V> memory(2 * N);
-    V *A = memory.data(), *h = A + N;
+    Vectors memory(2 * N);
+    V *A = memory.first, *h = A + N;
     for (Long block = z.begin(part); block < z.begin(part + 1); block++) {
         const Long e = block * W, count = std::min(W, z.E - e);
         gather(A, in.A + e * N, count, N);
@@ -125,10 +135,11 @@ static void backward_part(Sizes z, Inputs in, const float *dy, const float *bord
     const Long N = FIXED ? FIXED : z.N, first = z.begin(part), blocks = z.begin(part + 1) - first;
     // States of a chunk with the one before it, decays, sums over blocks of the gradients of B and C lane by lane; then
     // of each block the gradient that comes from behind the chunk, and that of A.
-    std::vector<V> memory((4 * z.L + 2) * N + 2 * blocks * N);
-    V *A = memory.data(), *states = A + N, *decays = states + (z.L + 1) * N;
+    Vectors memory((4 * z.L + 2) * N + 2 * blocks * N);
+    V *A = memory.first, *states = A + N, *decays = states + (z.L + 1) * N;
     V *sums_B = decays + z.L * N, *sums_C = sums_B + z.L * N;
     V *behind = sums_C + z.L * N, *sums_A = behind + blocks * N;
+    std::fill(behind, behind + 2 * blocks * N, V{});
     for (Long chunk = z.chunks() - 1; chunk >= 0; chunk--) {
         const Long from = chunk * z.L, length = std::min(z.L, z.T - from);
         std::fill(sums_B, sums_B + 2 * z.L * N, V{});
@@ -188,8 +199,10 @@ void castalia_scan(const Long *sizes, const float *u, const float *dt, const flo
     const Inputs in{u, dt, A, B, C, starts};
     // The size that nearly all models have, unrolled.
     const auto work = z.N == 16 ? forward_part<16> : forward_part<0>;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (Long task = 0; task < z.S * PARTS; task++) work(z, in, h, y, last, borders, task / PARTS, task % PARTS);
+    team_run(threads, [&](const Thread &thread) {
+        for (Long task = thread.next(); task < z.S * PARTS; task = thread.next())
+            work(z, in, h, y, last, borders, task / PARTS, task % PARTS);
+    });
 }
 
 // dA (S, E, N) and dB, dC (S, PARTS, T, N) are to be summed up by the caller.
@@ -199,11 +212,13 @@ void castalia_scan_backward(const Long *sizes, const float *u, const float *dt, 
     const Sizes z{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
     const Inputs in{u, dt, A, B, C, starts};
     const auto work = z.N == 16 ? backward_part<16> : backward_part<0>;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (Long task = 0; task < z.S * PARTS; task++) {
-        const Long s = task / PARTS, part = task % PARTS;
-        work(z, in, dy, borders, du, ddt, dA + s * z.E * z.N, dB + task * z.T * z.N, dC + task * z.T * z.N, s, part);
-    }
+    team_run(threads, [&](const Thread &thread) {
+        for (Long task = thread.next(); task < z.S * PARTS; task = thread.next()) {
+            const Long s = task / PARTS, part = task % PARTS;
+            float *own_A = dA + s * z.E * z.N, *own_B = dB + task * z.T * z.N, *own_C = dC + task * z.T * z.N;
+            work(z, in, dy, borders, du, ddt, own_A, own_B, own_C, s, part);
+        }
+    });
 }
 
 Long castalia_scan_parts() { return PARTS; }

@@ -1,0 +1,121 @@
+"""Levels of instructions that the compiled code has versions for, and the best one of this machine.
+
+A level is a set of instructions with a name; each includes those before it on its architecture,
+except that `avx-vnni` (processors without AVX-512) is beside `x86-64-v4`. `CASTALIA_ISA` names the
+highest level to use, and `none` turns compiled code off. Needs nothing but Python: setup.py reads
+this file where torch is not installed.
+"""
+
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from castalia.core.errors import ConfigError, nearest
+
+VARIABLE = "CASTALIA_ISA"
+
+
+@dataclass(frozen=True)
+class Level:
+    """Instructions that code may use."""
+
+    name: str
+    needs: frozenset[str]
+    """Their names in /proc/cpuinfo."""
+    flags: tuple[str, ...] = ()
+    """Options of g++ and clang."""
+    has_code: bool = True
+    """Whether the sources have anything for it beyond the level before. Without, it is only named,
+    and that level's code runs."""
+
+    def above(self, name: str, needs: str, *flags: str, has_code: bool = True) -> "Level":
+        """A level with more instructions than this one."""
+        return Level(name, self.needs | set(needs.split()), (*self.flags, *flags), has_code)
+
+
+V2 = Level(
+    "x86-64-v2",
+    frozenset(("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2")),
+    ("-mcx16", "-msahf", "-mpopcnt", "-mssse3", "-msse4.2"),
+)
+V3 = V2.above(
+    "x86-64-v3",
+    "avx2 fma f16c bmi1 bmi2 abm movbe",
+    *("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe"),
+)
+AVX_VNNI = V3.above("avx-vnni", "avx_vnni", "-mavxvnni")
+V4 = V3.above(
+    "x86-64-v4",
+    "avx512f avx512bw avx512cd avx512dq avx512vl",
+    *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")),
+    # Compilers take half a register by default, because the first of these processors slowed down.
+    "-mprefer-vector-width=512",
+)
+VNNI = V4.above("vnni", "avx512_vnni", "-mavx512vnni")
+BF16 = VNNI.above("bf16", "avx512_bf16", "-mavx512bf16")
+AMX = BF16.above("amx", "amx_tile amx_int8 amx_bf16", has_code=False)
+
+NEON = Level("neon", frozenset(("asimd",)), ("-march=armv8-a",))
+DOTPROD = Level("dotprod", NEON.needs | {"asimddp"}, ("-march=armv8.2-a+dotprod",))
+I8MM = Level("i8mm", DOTPROD.needs | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",))
+SVE = I8MM.above("sve", "sve", has_code=False)
+
+LEVELS = {
+    "x86_64": (V2, V3, AVX_VNNI, V4, VNNI, BF16, AMX),
+    "aarch64": (NEON, DOTPROD, I8MM, SVE),
+}
+"""Of each architecture, the lowest first."""
+
+
+def architecture() -> str:
+    """x86_64, aarch64, or what else this machine calls itself."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+@functools.cache
+def instructions() -> frozenset[str]:
+    """The words of /proc/cpuinfo for what the processor and the kernel allow."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        # Every Mac with an ARM processor has these.
+        is_apple = (platform.system(), architecture()) == ("Darwin", "aarch64")
+        return frozenset(("asimd", "asimddp") if is_apple else ())
+    for line in lines:
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(words.split())
+    return frozenset()
+
+
+def highest_allowed() -> str | None:
+    """What CASTALIA_ISA says; None where it is not set.
+
+    Raises  ConfigError if there is no such level on any architecture.
+    """
+    name = os.environ.get(VARIABLE, "").strip()
+    if not name:
+        return None
+    known = ["none", *(level.name for levels in LEVELS.values() for level in levels)]
+    if name not in known:
+        raise ConfigError(
+            f"unknown {VARIABLE}={name}; choose one of {', '.join(known)}{nearest(name, known)}"
+        )
+    return name
+
+
+def levels_here() -> tuple[Level, ...]:
+    """Levels of this machine up to the allowed one, the best first; empty where there is none.
+
+    Raises  ConfigError as highest_allowed.
+    """
+    allowed = highest_allowed()
+    if allowed == "none":
+        return ()
+    known = LEVELS.get(architecture(), ())
+    names = [level.name for level in known]
+    if allowed in names:
+        known = known[: names.index(allowed) + 1]
+    return tuple(level for level in reversed(known) if level.needs <= instructions())
