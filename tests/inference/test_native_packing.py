@@ -7,7 +7,7 @@ import torch
 
 from castalia.core import compilers, native_code
 from castalia.core.errors import ConfigError
-from castalia.core.levels import LEVELS, Level, architecture, levels_here
+from castalia.core.levels import LEVELS, V3, Level, architecture, levels_here
 from castalia.distributed import initialize
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -104,6 +104,9 @@ def test_whole_numbers_are_summed_exactly(
 PLAIN = Level("plain", frozenset())
 """What every compiler makes without a flag."""
 BUILT = [level for level in LEVELS.get(architecture(), ()) if level.has_code]
+USUAL = [V3, *[level for level in levels_here() if level.has_code][:1]]
+"""The best of this machine, which other tests need too, and one that nearly all have; a build takes
+ten seconds."""
 
 
 @pytest.mark.skipif(compilers.chosen_compiler() is None, reason="no C++ compiler here")
@@ -112,7 +115,10 @@ BUILT = [level for level in LEVELS.get(architecture(), ()) if level.has_code]
     [
         # Plain C++ is slow.
         pytest.param(PLAIN, id="plain", marks=pytest.mark.slow),
-        *(pytest.param(level, id=level.name) for level in BUILT),
+        *(
+            pytest.param(level, id=level.name, marks=() if level in USUAL else pytest.mark.slow)
+            for level in BUILT
+        ),
     ],
 )
 def test_all_levels_sum_the_same(layer: tuple[torch.Tensor, torch.Tensor], level: Level) -> None:

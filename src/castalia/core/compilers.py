@@ -27,8 +27,11 @@ FLAGS = (
     # Vectors are passed between functions of one file only.
     "-Wno-psabi",
     "-pthread",
+    # Loops that a level does not vectorize are no news.
+    "-Wno-pass-failed",
     "-fPIC",
     "-shared",
+    "-s",
 )
 COMPILERS = ("g++", "clang++", "c++")
 ZIG = "zig"

@@ -59,7 +59,7 @@ AMX = BF16.above("amx", "amx_tile amx_int8 amx_bf16", has_code=False)
 
 NEON = Level("neon", frozenset(("asimd",)), ("-march=armv8-a",))
 DOTPROD = Level("dotprod", NEON.needs | {"asimddp"}, ("-march=armv8.2-a+dotprod",))
-I8MM = Level("i8mm", DOTPROD.needs | {"i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",))
+I8MM = DOTPROD.above("i8mm", "i8mm", has_code=False)
 SVE = I8MM.above("sve", "sve", has_code=False)
 
 LEVELS = {

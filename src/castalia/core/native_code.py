@@ -6,14 +6,13 @@ as in an editable installation, this level alone is built at first use by a comp
 castalia.core.compilers. Every caller has the same computation in torch, for machines with neither.
 
 Libraries that are built here are kept in a cache that only this user can write, under their
-SHA-256; those of the wheel have theirs in `prebuilt.json`. A library is loaded from a copy in
+SHA-256; castalia.core.prebuilt checks those of the wheel. A library is loaded from a copy in
 memory of the bytes that were checked, never from the file: a truncated one ends the process with
 SIGBUS, and a foreign one runs as soon as it is loaded.
 """
 
 import ctypes
 import hashlib
-import json
 import os
 import subprocess
 import tempfile
@@ -24,14 +23,11 @@ from pathlib import Path
 from castalia.core.compilers import chosen_compiler, compiled_code, options, version_of
 from castalia.core.files import cache_folder
 from castalia.core.levels import Level, levels_here
+from castalia.core.prebuilt import prebuilt_code, source_hash
 from castalia.core.private_cache import PrivateCache
 
 FOLDER = "native"
 """The part of the cache folder that holds the machine code."""
-PREBUILT = "prebuilt.json"
-"""Beside a source: its libraries, {level: {"file", "sha256", "source"}}."""
-HEADERS = Path(__file__).parent
-"""Where the sources' common headers are."""
 
 
 def native_library(source: Path, what: str) -> ctypes.CDLL | None:
@@ -57,28 +53,6 @@ def native_library(source: Path, what: str) -> ctypes.CDLL | None:
             f"compiling {what} failed, so torch's are used: {' '.join(reason)}", stacklevel=3
         )
         return None
-
-
-def prebuilt_code(source: Path, level: Level) -> bytes | None:
-    """The library of the package; None, with a warning where it is damaged, if it has none."""
-    try:
-        facts = json.loads(source.with_name(PREBUILT).read_bytes())[source.name][level.name]
-    except (OSError, ValueError, KeyError):
-        return None
-    path = source.with_name(facts["file"])
-    with suppress(OSError):
-        code = path.read_bytes()
-        if hashlib.sha256(code).hexdigest() == facts["sha256"]:
-            return code if facts["source"] == source_hash(source) else None
-    warnings.warn(f"{path} is damaged; install castalia again", stacklevel=4)
-    return None
-
-
-def source_hash(source: Path) -> str:
-    """SHA-256 of a source with the headers that it may include."""
-    headers = sorted(HEADERS.glob("*.h"))
-    content = b"\0".join(path.read_bytes() for path in (source, *headers))
-    return hashlib.sha256(content).hexdigest()
 
 
 def machine_code(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:

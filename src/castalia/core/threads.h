@@ -9,15 +9,15 @@
 // teams of its own: threads do not survive a fork.
 
 #pragma once
-#include <atomic>
-#include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "basics.h"
 
 constexpr int64_t SPIN_IN_CALL = 100000;   // nanoseconds that a thread spins at a barrier before it sleeps
 constexpr int64_t SPIN_IDLE = 300000;      // nanoseconds that it spins for the next call: Python between two steps
@@ -38,9 +38,16 @@ static inline void relax() {  // tells the processor that the loop waits
 #endif
 }
 
+template <class T> struct Atomic {  // as std::atomic
+    T held;
+    T load(int order = __ATOMIC_SEQ_CST) const { return __atomic_load_n(&held, order); }
+    void store(T to, int order = __ATOMIC_SEQ_CST) { __atomic_store_n(&held, to, order); }
+    T fetch_add(T more, int order = __ATOMIC_SEQ_CST) { return __atomic_fetch_add(&held, more, order); }
+};
+
 struct Signal {  // a number that one thread changes and others wait for
-    alignas(64) std::atomic<uint64_t> value{0};
-    alignas(64) std::atomic<int> sleepers{0};
+    alignas(64) Atomic<uint64_t> value{0};
+    alignas(64) Atomic<int> sleepers{0};
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 
@@ -56,7 +63,7 @@ struct Signal {  // a number that one thread changes and others wait for
         const int64_t end = nanoseconds() + spin;
         do {
             for (int i = 0; i < 32; i++) {
-                const uint64_t now = value.load(std::memory_order_acquire);
+                const uint64_t now = value.load(__ATOMIC_ACQUIRE);
                 if (now != old) return now;
                 relax();
             }
@@ -65,7 +72,7 @@ struct Signal {  // a number that one thread changes and others wait for
         sleepers.fetch_add(1);
         uint64_t now;
         while ((now = value.load()) == old) pthread_cond_wait(&changed, &lock);
-        sleepers.fetch_sub(1);
+        sleepers.fetch_add(-1);
         pthread_mutex_unlock(&lock);
         return now;
     }
@@ -96,8 +103,8 @@ typedef void (*Work)(const Thread &, void *);
 struct Team {
     Signal start;  // of a call: its number and, in the low 16 bits, how many threads it has
     Signal phase;  // the number of barriers that are passed
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int64_t> ticket{0};
+    alignas(64) Atomic<int> arrived{0};
+    alignas(64) Atomic<int64_t> ticket{0};
     Work work = nullptr;
     void *argument = nullptr;
     int64_t spin = 0;
@@ -107,22 +114,22 @@ struct Team {
 
     void barrier(int count) {
         if (count == 1) {
-            ticket.store(0, std::memory_order_relaxed);
+            ticket.store(0, __ATOMIC_RELAXED);
             return;
         }
-        const uint64_t passed = phase.value.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < count) {
+        const uint64_t passed = phase.value.load(__ATOMIC_RELAXED);
+        if (arrived.fetch_add(1, __ATOMIC_ACQ_REL) + 1 < count) {
             phase.wait(passed, spin);
             return;
         }
-        arrived.store(0, std::memory_order_relaxed);
-        ticket.store(0, std::memory_order_relaxed);
+        arrived.store(0, __ATOMIC_RELAXED);
+        ticket.store(0, __ATOMIC_RELAXED);
         phase.set(passed + 1);
     }
 };
 
 inline void Thread::barrier() const { team.barrier(count); }
-inline int64_t Thread::next() const { return team.ticket.fetch_add(1, std::memory_order_relaxed); }
+inline int64_t Thread::next() const { return team.ticket.fetch_add(1, __ATOMIC_RELAXED); }
 
 struct Seat {  // what a new thread is told
     Team *team;
@@ -132,7 +139,7 @@ struct Seat {  // what a new thread is told
 
 static void *serve_team(void *given) {
     const Seat seat = *(Seat *)given;
-    std::free(given);
+    free(given);
     Team &team = *seat.team;
     uint64_t seen = seat.seen;
     int64_t spin = 0;
@@ -149,7 +156,7 @@ static void *serve_team(void *given) {
 }
 
 static bool add_worker(Team &team) {
-    Seat *seat = (Seat *)std::malloc(sizeof(Seat));
+    Seat *seat = (Seat *)malloc(sizeof(Seat));
     if (!seat) return false;
     *seat = {&team, team.workers + 1, team.start.value.load()};
     sigset_t all, before;
@@ -160,7 +167,7 @@ static bool add_worker(Team &team) {
     const bool started = pthread_create(&thread, nullptr, serve_team, seat) == 0;
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (!started) {
-        std::free(seat);
+        free(seat);
         return false;
     }
     pthread_detach(thread);
@@ -201,8 +208,9 @@ static Team *take_team() {  // null without memory
     if (team) idle_teams.first = team->next_idle;
     pthread_mutex_unlock(&idle_teams.lock);
     if (team) return team;
-    void *memory = std::aligned_alloc(64, (sizeof(Team) + 63) / 64 * 64);
-    return memory ? new (memory) Team : nullptr;
+    team = (Team *)aligned_alloc(64, sizeof(Team));
+    if (team) *team = Team{};
+    return team;
 }
 
 static void give_back(Team *team) {
@@ -234,7 +242,7 @@ template <class F> static void team_run(int threads, F work) {
     team->work = call<F>;
     team->argument = &work;
     team->spin = count > processors() ? SPIN_CROWDED : SPIN_IN_CALL;
-    team->ticket.store(0, std::memory_order_relaxed);
+    team->ticket.store(0, __ATOMIC_RELAXED);
     team->start.set(++team->calls << 16 | (uint64_t)count);
     const Thread mine{*team, 0, count};
     work(mine);

@@ -10,87 +10,37 @@
 // Weights lie in panels of 16 output channels, so that a vector register holds one number of each channel and nothing
 // is summed across a register. Names as in packing.py; shapes M rows, N outputs, K inputs.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include "../core/threads.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
-constexpr int P = 16;      // output channels in a panel, float lanes of a vector
-constexpr int BLOCK = 8;   // rows that share one pass over a panel
+#include "../core/basics.h"
+#include "../core/threads.h"
+#include "../core/vectors.h"
+#include "dot.h"
+
+constexpr int BLOCK = REGISTER == 64 ? 8 : REGISTER == 32 || REGISTERS == 32 ? 4 : 2;  // rows that share a pass over
+                                                                                        // a panel
 constexpr int GROUP = 32;  // inputs that share a scale in int4
 constexpr int AHEAD = 3072;  // bytes of weights between those in use and those that are fetched
-
-typedef float V __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef int16_t S __attribute__((vector_size(32)));
-typedef int8_t B __attribute__((vector_size(16)));
-typedef V VU __attribute__((aligned(4)));
-typedef I IU __attribute__((aligned(4)));
-typedef H HU __attribute__((aligned(2)));
-typedef B BU __attribute__((aligned(1)));
-
-static inline V load(const float *p) { return *(const VU *)p; }
-static inline V widen(const float *p) { return load(p); }
-static inline void store(float *p, V v) { *(VU *)p = v; }
-static inline V all(float x) { return V{} + x; }
-
-// Compilers build these two out of single lanes or halves, so where one instruction does it, it is named.
-static inline V widen(const uint16_t *p) {  // 16 bfloat16 numbers
-#ifdef __AVX512F__
-    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
-#else
-    return (V)(__builtin_convertvector(*(const HU *)p, I) << 16);
-#endif
-}
-
-static inline V widen(const int8_t *p) {  // 16 bytes
-#ifdef __AVX512F__
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(*(const BU *)p, S), I), V);
-#endif
-}
 
 static inline float widen(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
-    std::memcpy(&value, &bits, 4);
+    memcpy(&value, &bits, 4);
     return value;
-}
-
-static inline V clamp(V x, float low, float high) {
-    x = x < low ? all(low) : x;
-    return x > high ? all(high) : x;
-}
-
-static inline V exponential(V x) {  // Cephes' expf: error below 2 ulp
-    x = clamp(x, -87.3f, 88.0f);
-    const V magic = all(12582912.0f);
-    V n = (x * 1.44269504f + magic) - magic;
-    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    V p = all(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
 }
 
 static inline V error_function(V x) {  // Eigen's rational function: error below 5e-7
     x = clamp(x, -4.0f, 4.0f);
     V square = x * x, over = all(-2.72614225801306e-10f), under = all(-1.45660718464996e-05f);
-    for (float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
-                    -2.95459980854025e-03f, -1.60960333262415e-02f})
-        over = over * square + c;
-    for (float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f})
-        under = under * square + c;
+    const float above[] = {2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
+                           -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
+    const float below[] = {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f,
+                           -1.42647390514189e-02f};
+    for (float c : above) over = over * square + c;
+    for (float c : below) under = under * square + c;
     return x * over / under;
 }
 
@@ -113,23 +63,17 @@ struct Input {  // rows of activations as the kernels of one kind read them
     int64_t k, groups;
 };
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int ADDED = 128;  // to weights and keys before they are multiplied
-#else
-constexpr int ADDED = 0;
-#endif
-
 static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     const float *x = in.x + m * in.k;
     int8_t *q = in.q + m * in.k;
     float largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < in.k; i++) largest = std::max(largest, std::fabs(x[i]));
+    for (int64_t i = 0; i < in.k; i++) largest = max(largest, fabsf(x[i]));
     float step = largest / 127.0f;
     float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     in.step[m] = step;
 #pragma omp simd
-    for (int64_t i = 0; i < in.k; i++) q[i] = (int8_t)(int32_t)std::rint(x[i] * inverse);
+    for (int64_t i = 0; i < in.k; i++) q[i] = (int8_t)(int32_t)rintf(x[i] * inverse);
     int64_t width = kind == INT4 ? GROUP : in.k, offset = kind == INT4 ? -8 : -ADDED;
     for (int64_t g = 0; g < in.groups; g++) {
         int32_t sum = 0;
@@ -138,108 +82,21 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     }
 }
 
-// Bytes are multiplied by bytes and summed by fours into 16 lanes, in integers. `dot` takes weights or keys as
-// `factors` returns them, `dot_small` bytes from 0 to 127. Instructions of x86-64 multiply unsigned bytes by signed
-// ones. With VNNI, 128 is added to signed bytes, and what that adds is taken off at the end. Before VNNI, 16 bits hold
-// the sum of two products, which 255 * 127 would overflow, so the sign of a weight moves to the other factor.
-static inline I factors(I bytes) { return ADDED ? bytes ^ (I{} + (int32_t)0x80808080) : bytes; }
-
-static inline int32_t four_of(const int8_t *x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return four;
-}
-
-#ifdef __AVX512VNNI__
-static inline I dot(I sum, I bytes, const int8_t *x) {
-    return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, _mm512_set1_epi32(four_of(x)));
-}
-static inline I dot_small(I sum, I bytes, const int8_t *x) { return dot(sum, bytes, x); }
-#elif defined(__AVX512BW__)
-static inline I dot_small(I sum, I bytes, const int8_t *x) {
-    __m512i pairs = _mm512_maddubs_epi16((__m512i)bytes, _mm512_set1_epi32(four_of(x)));
-    return sum + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-}
-static inline I dot(I sum, I bytes, const int8_t *x) {
-    __m512i w = (__m512i)bytes, other = _mm512_set1_epi32(four_of(x));
-    __mmask64 negative = _mm512_movepi8_mask(w);
-    other = _mm512_mask_sub_epi8(other, negative, _mm512_setzero_si512(), other);
-    __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), other);
-    return sum + (I)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-}
-#else
-#if defined(__AVX2__)
-typedef __m256i Part;
-static inline Part four_times(int32_t four) { return _mm256_set1_epi32(four); }
-#ifdef __AVXVNNI__
-static inline Part dot_small(Part sum, Part w, Part x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
-static inline Part dot(Part sum, Part w, Part x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
-#else
-static inline Part dot_small(Part sum, Part w, Part x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-static inline Part dot(Part sum, Part w, Part x) { return dot_small(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w)); }
-#endif
-#elif defined(__SSSE3__)
-typedef __m128i Part;
-static inline Part four_times(int32_t four) { return _mm_set1_epi32(four); }
-static inline Part dot_small(Part sum, Part w, Part x) {
-    return _mm_add_epi32(sum, _mm_madd_epi16(_mm_maddubs_epi16(w, x), _mm_set1_epi16(1)));
-}
-static inline Part dot(Part sum, Part w, Part x) { return dot_small(sum, _mm_abs_epi8(w), _mm_sign_epi8(x, w)); }
-#elif defined(__aarch64__)
-typedef int32x4_t Part;
-static inline Part four_times(int32_t four) { return vdupq_n_s32(four); }
-static inline Part dot(Part sum, Part w, Part x) {
-    int8x16_t a = vreinterpretq_s8_s32(w), b = vreinterpretq_s8_s32(x);
-#ifdef __ARM_FEATURE_DOTPROD
-    return vdotq_s32(sum, a, b);
-#else
-    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
-    return vpadalq_s16(sum, vpaddq_s16(low, high));
-#endif
-}
-static inline Part dot_small(Part sum, Part w, Part x) { return dot(sum, w, x); }
-#else
-struct Part {
-    int32_t lane;
-};
-static inline Part four_times(int32_t four) { return {four}; }
-static inline Part dot(Part sum, Part w, Part x) {
-    for (int j = 0; j < 32; j += 8) sum.lane += (int8_t)(w.lane >> j) * (int8_t)(x.lane >> j);
-    return sum;
-}
-static inline Part dot_small(Part sum, Part w, Part x) { return dot(sum, w, x); }
-#endif
-constexpr int PARTS = sizeof(I) / sizeof(Part);
-
-static inline I dot(I sum, I bytes, const int8_t *x) {
-    Part sums[PARTS], parts[PARTS], other = four_times(four_of(x));
-    std::memcpy(sums, &sum, sizeof(I));
-    std::memcpy(parts, &bytes, sizeof(I));
-    for (int i = 0; i < PARTS; i++) sums[i] = dot(sums[i], parts[i], other);
-    std::memcpy(&sum, sums, sizeof(I));
-    return sum;
-}
-
-static inline I dot_small(I sum, I bytes, const int8_t *x) {
-    Part sums[PARTS], parts[PARTS], other = four_times(four_of(x));
-    std::memcpy(sums, &sum, sizeof(I));
-    std::memcpy(parts, &bytes, sizeof(I));
-    for (int i = 0; i < PARTS; i++) sums[i] = dot_small(sums[i], parts[i], other);
-    std::memcpy(&sum, sums, sizeof(I));
-    return sum;
-}
-#endif
-
 // Rows that share a panel keep the processor busy longer than its own prefetching looks ahead. For one row, which only
 // waits for memory, more requests are slower.
 template <int M> static inline void fetch_ahead(const void *weights) {
     if (M >= 4) __builtin_prefetch((const char *)weights + AHEAD);
 }
 
+// Sums of a row and a panel: several where one would wait for itself, as many as there are registers for.
+template <int M> static constexpr int sums_of() {
+    int sums = M >= 4 ? 1 : 4;
+    while (sums > 1 && M * sums * PARTS > REGISTERS * 3 / 4) sums /= 2;
+    return sums;
+}
+
 template <int M> static void panel_fp32(const float *w, const float *x, int64_t k, V *out) {
-    constexpr int U = M >= 4 ? 1 : 4;  // several sums where one would wait for itself
+    constexpr int U = sums_of<M>();
     V sum[M][U] = {};
     int64_t i = 0;
     for (; i + U <= k; i += U)
@@ -257,48 +114,49 @@ template <int M> static void panel_fp32(const float *w, const float *x, int64_t 
 }
 
 template <int M> static void panel_bf16(const uint16_t *w, const float *x, int64_t k, V *out) {
-    V sum[M][2] = {};
+    constexpr int U = M * 2 * PARTS > REGISTERS * 3 / 4 ? 1 : 2;
+    V sum[M][U] = {};
     for (int64_t i = 0; i < k; i += 2) {  // a lane holds inputs i and i + 1 of its channel
-        I pair = *(const IU *)(w + i * P);
+        I pair = load_bytes(w + i * P);
         fetch_ahead<M>(w + i * P);
-        V even = (V)(pair << 16), odd = (V)(pair & (int32_t)0xffff0000);
+        V even = floats_in(pair << 16), odd = floats_in(pair & (int32_t)0xffff0000);
         for (int m = 0; m < M; m++) {
             sum[m][0] += even * x[m * k + i];
-            sum[m][1] += odd * x[m * k + i + 1];
+            sum[m][U - 1] += odd * x[m * k + i + 1];
         }
     }
-    for (int m = 0; m < M; m++) out[m] = sum[m][0] + sum[m][1];
+    for (int m = 0; m < M; m++) out[m] = U == 1 ? sum[m][0] : sum[m][0] + sum[m][U - 1];
 }
 
 template <int M> static void panel_int8(const int8_t *w, const float *scale, const Input &in, int64_t first, V *out) {
-    constexpr int U = M >= 4 ? 1 : 4;
+    constexpr int U = sums_of<M>();
     I sum[M][U] = {};
     const int8_t *x = in.q + first * in.k;
     int64_t i = 0;
     for (; i + 4 * U <= in.k; i += 4 * U)
         for (int u = 0; u < U; u++) {
-            I bytes = factors(*(const IU *)(w + (i + 4 * u) * P));
+            I bytes = factors(load_bytes(w + (i + 4 * u) * P));
             fetch_ahead<M>(w + (i + 4 * u) * P);
             for (int m = 0; m < M; m++) sum[m][u] = dot(sum[m][u], bytes, x + m * in.k + i + 4 * u);
         }
     for (; i < in.k; i += 4)
-        for (int m = 0; m < M; m++) sum[m][0] = dot(sum[m][0], factors(*(const IU *)(w + i * P)), x + m * in.k + i);
+        for (int m = 0; m < M; m++) sum[m][0] = dot(sum[m][0], factors(load_bytes(w + i * P)), x + m * in.k + i);
     for (int m = 0; m < M; m++) {
         I whole = sum[m][0] + in.sum[first + m];
         for (int u = 1; u < U; u++) whole += sum[m][u];
-        out[m] = __builtin_convertvector(whole, V) * (load(scale) * in.step[first + m]);
+        out[m] = to_floats(whole) * (load(scale) * in.step[first + m]);
     }
 }
 
 template <int M>
 static void panel_int4(const uint8_t *w, const uint16_t *scale, const Input &in, int64_t first, V *out) {
-    const I low = I{} + 0x0f0f0f0f;
+    const int32_t low = 0x0f0f0f0f;
     V sum[M] = {};
     for (int64_t g = 0; g < in.groups; g++) {
         I part[M];
-        for (int m = 0; m < M; m++) part[m] = I{} + in.sum[(first + m) * in.groups + g];
+        for (int m = 0; m < M; m++) part[m] = all(in.sum[(first + m) * in.groups + g]);
         for (int j = 0; j < GROUP; j += 8) {  // 64 bytes: inputs j..j+3 in the low halves, j+4..j+7 in the high ones
-            I both = *(const IU *)(w + (g * GROUP + j) * P / 2);
+            I both = load_bytes(w + (g * GROUP + j) * P / 2);
             fetch_ahead<M>(w + (g * GROUP + j) * P / 2);
             I even = both & low, odd = (both >> 4) & low;
             for (int m = 0; m < M; m++) {
@@ -307,7 +165,7 @@ static void panel_int4(const uint8_t *w, const uint16_t *scale, const Input &in,
             }
         }
         V step = widen(scale + g * P);
-        for (int m = 0; m < M; m++) sum[m] += __builtin_convertvector(part[m], V) * step;
+        for (int m = 0; m < M; m++) sum[m] += to_floats(part[m]) * step;
     }
     for (int m = 0; m < M; m++) out[m] = sum[m] * in.step[first + m];
 }
@@ -323,17 +181,15 @@ template <int M> static void panel(const Linear &l, const Input &in, int64_t num
                       out);
 }
 
+// Rows that are no more than M.
+template <int M>
+static void panel_up_to(const Linear &l, const Input &in, int64_t number, int64_t first, int64_t rows, V *out) {
+    if (rows >= M) return panel<M>(l, in, number, first, out);
+    if constexpr (M > 1) panel_up_to<M - 1>(l, in, number, first, rows, out);
+}
+
 static void panel_of(const Linear &l, const Input &in, int64_t number, int64_t first, int64_t rows, V *out) {
-    switch (rows) {
-    case 1: return panel<1>(l, in, number, first, out);
-    case 2: return panel<2>(l, in, number, first, out);
-    case 3: return panel<3>(l, in, number, first, out);
-    case 4: return panel<4>(l, in, number, first, out);
-    case 5: return panel<5>(l, in, number, first, out);
-    case 6: return panel<6>(l, in, number, first, out);
-    case 7: return panel<7>(l, in, number, first, out);
-    default: return panel<8>(l, in, number, first, out);
-    }
+    panel_up_to<BLOCK>(l, in, number, first, rows, out);
 }
 
 enum After {  // numbers as ACTIVATIONS in fused.py
@@ -343,13 +199,13 @@ enum After {  // numbers as ACTIVATIONS in fused.py
 static inline V activate(V y, int after) {
     if (after == GELU_TANH) return y / (1.0f + exponential(y * (y * y * 0.044715f + 1.0f) * -1.5957691216f));
     if (after == GELU_ERF) return y * 0.5f * (1.0f + error_function(y * 0.70710678f));
-    if (after == RELU) return y > 0 ? y : all(0);
-    if (after == RELU2) return y > 0 ? y * y : all(0);
-    if (after == SOFTSIGN) return y / (1.0f + (y < 0 ? -y : y));
+    if (after == RELU) return larger(y, all(0.0f));
+    if (after == RELU2) return larger(y, all(0.0f)) * larger(y, all(0.0f));
+    if (after == SOFTSIGN) return y / (1.0f + larger(y, -y));
     if (after == SILU) return y / (1.0f + exponential(-y));
     if (after == SIGMOID) return 1.0f / (1.0f + exponential(-y));
     if (after == MISH) {  // tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2) with n = e^y; it is 1 long before y = 20
-        V n = exponential(y < 20.0f ? y : all(20.0f));
+        V n = exponential(select_less(y, all(20.0f), y, all(20.0f)));
         V square = n * (n + 2.0f);
         return y * (square / (square + 2.0f));
     }
@@ -358,7 +214,7 @@ static inline V activate(V y, int after) {
 
 static inline void place(float *to, V v, int64_t lanes) {
     if (lanes == P) store(to, v);
-    else std::memcpy(to, &v, lanes * sizeof(float));
+    else memcpy(to, &v, lanes * sizeof(float));
 }
 
 // y (M, N) = after(x W^T + bias); ADD adds to what is there. `width` is how many of the N columns y has. A thread takes
@@ -369,7 +225,7 @@ static void linear(const Thread &thread, const Linear &l, const Input &in, int64
     for (int64_t number = mine.begin; number < mine.end; number++)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V out[BLOCK];
-            int64_t rows = std::min<int64_t>(BLOCK, M - first), lanes = std::min<int64_t>(P, width - number * P);
+            int64_t rows = min<int64_t>(BLOCK, M - first), lanes = min<int64_t>(P, width - number * P);
             panel_of(l, in, number, first, rows, out);
             for (int64_t m = 0; m < rows; m++) {
                 V v = l.bias ? out[m] + load(l.bias + number * P) : out[m];
@@ -389,7 +245,7 @@ static void gated_linear(const Thread &thread, const Linear &l, const Input &in,
     for (int64_t number = 2 * pairs.begin; number < 2 * pairs.end; number += 2)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V gate[BLOCK], up[BLOCK];
-            int64_t rows = std::min<int64_t>(BLOCK, M - first), column = number / 2 * P;
+            int64_t rows = min<int64_t>(BLOCK, M - first), column = number / 2 * P;
             panel_of(l, in, number, first, rows, gate);
             panel_of(l, in, number + 1, first, rows, up);
             for (int64_t m = 0; m < rows; m++) {
@@ -398,7 +254,7 @@ static void gated_linear(const Thread &thread, const Linear &l, const Input &in,
                     up[m] += load(l.bias + (number + 1) * P);
                 }
                 float *to = y + (first + m) * width + column;
-                place(to, activate(gate[m], act) * up[m], std::min<int64_t>(P, width - column));
+                place(to, activate(gate[m], act) * up[m], min<int64_t>(P, width - column));
             }
         }
 }
@@ -465,7 +321,7 @@ static void layer_norm(const float *x, const Norm &norm, float *y, int64_t width
     mean /= width;
 #pragma omp simd reduction(+ : square)
     for (int64_t i = 0; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
-    float factor = 1.0f / std::sqrt(square / width + (float)epsilon);
+    float factor = 1.0f / sqrtf(square / width + (float)epsilon);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
@@ -476,8 +332,8 @@ static void normalize(const float *x, const Norm &norm, float *y, int64_t width,
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t i = 0; i < part; i++) square += x[i] * x[i];
-    float factor = norm.kind == RMSNORM ? 1.0f / std::sqrt(square / part + (float)epsilon)
-                                        : 1.0f / std::max(std::sqrt(square), (float)epsilon);
+    float factor = norm.kind == RMSNORM ? 1.0f / sqrtf(square / part + (float)epsilon)
+                                        : 1.0f / max(sqrtf(square), (float)epsilon);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) y[i] = x[i] * factor * norm.weight[i];
 }
@@ -508,13 +364,13 @@ static Places places(const Model &model, const Cache &cache, int64_t layer, int6
 
 static inline uint16_t narrow(float x) {  // to bfloat16, ties to even
     uint32_t bits;
-    std::memcpy(&bits, &x, 4);
+    memcpy(&bits, &x, 4);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 static float step_of(const float *x, int64_t D, float steps, float &inverse) {  // the largest number is `steps` steps
     float largest = 0;
-    for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::fabs(x[d]));
+    for (int64_t d = 0; d < D; d++) largest = max(largest, fabsf(x[d]));
     inverse = largest > 0 ? steps / largest : 0.0f;
     return largest / steps;
 }
@@ -525,7 +381,7 @@ static void keep(const Cache &cache, const Places &to, int64_t position, const f
     if (cache.kind == FP32) {
         float *keys = (float *)to.k + block + lane;
         for (int64_t d = 0; d < D; d++) keys[d * P] = k[d];
-        std::memcpy((float *)to.v + row, v, D * sizeof(float));
+        memcpy((float *)to.v + row, v, D * sizeof(float));
     } else if (cache.kind == BF16) {
         uint16_t *keys = (uint16_t *)to.k + block + lane, *values = (uint16_t *)to.v + row;
         for (int64_t d = 0; d < D; d++) keys[d * P] = narrow(k[d]);
@@ -534,10 +390,10 @@ static void keep(const Cache &cache, const Places &to, int64_t position, const f
         float inverse;
         uint8_t *keys = (uint8_t *)to.k + block + lane * 4;
         to.k_scale[position] = step_of(k, D, 127, inverse);
-        for (int64_t d = 0; d < D; d++) keys[d / 4 * 4 * P + d % 4] = 128 + (int)std::nearbyint(k[d] * inverse);
+        for (int64_t d = 0; d < D; d++) keys[d / 4 * 4 * P + d % 4] = 128 + (int)nearbyintf(k[d] * inverse);
         int8_t *values = (int8_t *)to.v + row;
         to.v_scale[position] = step_of(v, D, 127, inverse);
-        for (int64_t d = 0; d < D; d++) values[d] = (int8_t)std::nearbyint(v[d] * inverse);
+        for (int64_t d = 0; d < D; d++) values[d] = (int8_t)nearbyintf(v[d] * inverse);
     }
 }
 
@@ -552,7 +408,7 @@ static void norm_heads(const Model &m, const Norm &norm, float *x, int64_t heads
         mean /= together * D;
         for (int64_t h = first; h < first + together; h++)
             for (int64_t d = 0; d < D; d++) square += (x[h * step + d] - mean) * (x[h * step + d] - mean);
-        float factor = 1.0f / std::sqrt(square / (together * D) + (float)m.epsilon);
+        float factor = 1.0f / sqrtf(square / (together * D) + (float)m.epsilon);
         for (int64_t h = first; h < first + together; h++)
             for (int64_t d = 0; d < D; d++) {
                 int64_t at = d + (m.qk_by_head ? h * D : 0);
@@ -593,12 +449,9 @@ static void remember(const Thread &thread, const Model &model, const Cache &cach
 
 // ------------------------------------------------------------------------------------------------------- attention
 
-constexpr int QUERIES = 8;  // at most so many queries share one reading of the keys and values of a head
-#ifdef __AVX512F__
-constexpr int SUMS = 8;  // sums in flight: enough to hide the latency of a product, few enough for the registers
-#else
-constexpr int SUMS = 4;
-#endif
+constexpr int QUERIES = BLOCK;  // at most so many queries share one reading of the keys and values of a head
+// Sums in flight: enough to hide the latency of a product, few enough for the registers.
+constexpr int SUMS = REGISTER == 64 ? 8 : 8 / PARTS;
 
 struct Query {
     const float *x;       // (head_dim,)
@@ -616,7 +469,7 @@ static void halve(Query &query, int64_t D) {
     int32_t high_sum = 0, low_sum = 0;
     query.step = step_of(query.x, D, 127 * 128, inverse);
     for (int64_t d = 0; d < D; d++) {
-        int32_t whole = (int32_t)std::nearbyint(query.x[d] * inverse), high = (whole + 64) >> 7;
+        int32_t whole = (int32_t)nearbyintf(query.x[d] * inverse), high = (whole + 64) >> 7;
         high_sum += query.high[d] = (int8_t)high;
         low_sum += query.low[d] = (int8_t)(whole - high * 128);
     }
@@ -640,8 +493,8 @@ static void score_int8(const Places &from, const Query *query, int64_t D, int64_
     I high[Q][B] = {}, low[Q][B] = {};
     for (int64_t d = 0; d < D; d += 4)
         for (int b = 0; b < B; b++) {
-            I keys = *(const IU *)(k + (b * D + d) * P);
-            if (!ADDED) keys ^= I{} + (int32_t)0x80808080;  // they are stored 128 larger
+            I keys = load_bytes(k + (b * D + d) * P);
+            if (!ADDED) keys = keys ^ (int32_t)0x80808080;  // they are stored 128 larger
             for (int i = 0; i < Q; i++) {
                 high[i][b] = dot(high[i][b], keys, query[i].high + d);
                 low[i][b] = dot(low[i][b], keys, query[i].low + d);
@@ -650,7 +503,7 @@ static void score_int8(const Places &from, const Query *query, int64_t D, int64_
     for (int b = 0; b < B; b++) {
         V scale = load(from.k_scale + t + b * P);
         for (int i = 0; i < Q; i++) {
-            V whole = __builtin_convertvector(high[i][b], V) * 128.0f + __builtin_convertvector(low[i][b], V);
+            V whole = to_floats(high[i][b]) * 128.0f + to_floats(low[i][b]);
             sum[i][b] = (whole - query[i].offset) * (scale * query[i].step);
         }
     }
@@ -658,7 +511,7 @@ static void score_int8(const Places &from, const Query *query, int64_t D, int64_
 
 template <class T, int Q, int B>
 static void score_block(const Places &from, const Query *query, int64_t D, int64_t t, int64_t first) {
-    float scale = 1.0f / std::sqrt((float)D);
+    float scale = 1.0f / sqrtf((float)D);
     V sum[Q][B] = {};
     if constexpr (sizeof(T) == 1) score_int8<Q, B>(from, query, D, t, sum);
     else score<T, Q, B>(from, query, D, t, sum);
@@ -676,7 +529,7 @@ static void softmax(const Query &query, int64_t first, int64_t end) {  // of the
     for (int64_t t = first; t < query.start; t++) row[t] = -INFINITY;
     for (int64_t t = query.end; t < whole; t++) row[t] = -INFINITY;
 #pragma omp simd reduction(max : largest)
-    for (int64_t t = query.start; t < query.end; t++) largest = std::max(largest, row[t]);
+    for (int64_t t = query.start; t < query.end; t++) largest = max(largest, row[t]);
     for (int64_t t = first; t < whole; t += P) store(row + t, exponential(load(row + t) - largest));
     for (int64_t t = first; t < query.start; t++) row[t] = 0;
     for (int64_t t = query.end; t < whole; t++) row[t] = 0;
@@ -698,16 +551,16 @@ static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, 
             for (int i = 0; i < Q; i++) sum[i][e] += values * query[i].p[t - first];
         }
     for (int i = 0; i < Q; i++)
-        for (int e = 0; e < E; e++) place(query[i].y + d + e * P, sum[i][e], std::min<int64_t>(P, D - d - e * P));
+        for (int e = 0; e < E; e++) place(query[i].y + d + e * P, sum[i][e], min<int64_t>(P, D - d - e * P));
 }
 
 // Q queries that read one head of one slot: their y out of its keys and values.
 template <class T, int Q> static void attend(const Places &from, Query *query, int64_t D) {
-    constexpr int B = std::max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = std::max(1, std::min(4, 2 * SUMS / Q));
+    constexpr int B = max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = max(1, min(4, 2 * SUMS / Q));
     int64_t start = query[0].start, end = query[0].end;
     for (int i = 1; i < Q; i++) {
-        start = std::min(start, query[i].start);
-        end = std::max(end, query[i].end);
+        start = min(start, query[i].start);
+        end = max(end, query[i].end);
     }
     int64_t first = start / P * P, t = first, d = 0;
     if (sizeof(T) == 1)
@@ -723,17 +576,13 @@ template <class T, int Q> static void attend(const Places &from, Query *query, i
     for (; d < D; d += P) weigh<T, Q, 1>(from, query, D, d, first, start, end);
 }
 
+template <class T, int Q> static void attend_up_to(const Places &from, Query *query, int64_t count, int64_t D) {
+    if (count >= Q) return attend<T, Q>(from, query, D);
+    if constexpr (Q > 1) attend_up_to<T, Q - 1>(from, query, count, D);
+}
+
 template <class T> static void attend_to(const Places &from, Query *query, int64_t count, int64_t D) {
-    switch (count) {
-    case 1: return attend<T, 1>(from, query, D);
-    case 2: return attend<T, 2>(from, query, D);
-    case 3: return attend<T, 3>(from, query, D);
-    case 4: return attend<T, 4>(from, query, D);
-    case 5: return attend<T, 5>(from, query, D);
-    case 6: return attend<T, 6>(from, query, D);
-    case 7: return attend<T, 7>(from, query, D);
-    default: return attend<T, 8>(from, query, D);
-    }
+    attend_up_to<T, QUERIES>(from, query, count, D);
 }
 
 static int64_t scratch_of_attention(const Model &m, const Cache &cache) {  // floats for one thread
@@ -762,7 +611,7 @@ static void attend_together(const Attention &a, int64_t start, int64_t end, int6
             Query &q = query[count];
             q.x = a.qkv + i * m.qkv_width + h * m.q_step;
             q.y = a.y + (i * m.heads + h) * D;
-            q.start = window ? std::max<int64_t>(0, position + 1 - window) : 0;
+            q.start = window ? max<int64_t>(0, position + 1 - window) : 0;
             q.end = position + 1;
             q.bias = nullptr;
             if (m.bias) q.bias = m.bias + h * (m.positions + 2 * P) + (m.bias_by_key ? 0 : m.positions - 1 - position);
@@ -787,8 +636,8 @@ static bool is_run(const Batch &batch, int64_t start, int64_t end) {  // neighbo
 static void attention(const Thread &thread, const Attention &a, float *scratch) {
     int64_t M = a.batch.rows, G = a.m.heads / a.m.kv_heads, together = QUERIES, tokens, heads, parts, runs;
     for (;; together /= 2) {
-        tokens = std::max<int64_t>(1, together / G);
-        heads = std::min<int64_t>(together, G);
+        tokens = max<int64_t>(1, together / G);
+        heads = min<int64_t>(together, G);
         parts = (G + heads - 1) / heads;
         runs = (M + tokens - 1) / tokens;
         if (together == 1 || runs * a.m.kv_heads * parts >= thread.count) break;
@@ -796,8 +645,8 @@ static void attention(const Thread &thread, const Attention &a, float *scratch) 
     const int64_t pieces = runs * a.m.kv_heads * parts;
     for (int64_t piece = thread.next(); piece < pieces; piece = thread.next()) {
         int64_t part = piece % parts, kv = piece / parts % a.m.kv_heads, run = piece / parts / a.m.kv_heads;
-        int64_t start = run * tokens, end = std::min(start + tokens, M);
-        int64_t head = kv * G + part * heads, last = std::min(head + heads, (kv + 1) * G);
+        int64_t start = run * tokens, end = min(start + tokens, M);
+        int64_t head = kv * G + part * heads, last = min(head + heads, (kv + 1) * G);
         int64_t size = is_run(a.batch, start, end) ? end - start : 1;
         for (int64_t i = start; i < end; i += size) attend_together(a, i, i + size, head, last, scratch);
     }
@@ -808,8 +657,8 @@ static void attention(const Thread &thread, const Attention &a, float *scratch) 
 
 struct Scratch {  // memory of one call
     char *memory, *next;
-    explicit Scratch(size_t bytes) : memory((char *)std::aligned_alloc(64, bytes)), next(memory) {}
-    ~Scratch() { std::free(memory); }
+    explicit Scratch(size_t bytes) : memory((char *)aligned_alloc(64, bytes)), next(memory) {}
+    ~Scratch() { free(memory); }
     template <class T> T *take(size_t count) {
         T *place = (T *)next;
         next += (count * sizeof(T) + 63) / 64 * 64;
@@ -910,8 +759,8 @@ static void rest_of_serial(const Thread &thread, const Model &m, const Layer &l,
 static Batch picked(const Thread &thread, const Model &m, const Batch &batch, const Forward &f) {
     for (int64_t i = 0; thread.number == 0 && i < batch.wanted; i++) {
         int64_t from = batch.pick[i];
-        std::memmove(f.x + i * m.width, f.x + from * m.width, m.width * sizeof(float));
-        std::memmove(f.qkv + i * m.qkv_width, f.qkv + from * m.qkv_width, m.qkv_width * sizeof(float));
+        memmove(f.x + i * m.width, f.x + from * m.width, m.width * sizeof(float));
+        memmove(f.qkv + i * m.qkv_width, f.qkv + from * m.qkv_width, m.qkv_width * sizeof(float));
         f.slot[i] = batch.slot[from];
         f.position[i] = batch.position[from];
     }
@@ -973,8 +822,8 @@ static void layer_of(const Thread &thread, const Model &m, const Cache &cache, c
 constexpr int64_t COLUMNS = 256;  // logits of a row that exist at a time
 
 static void *memory_for(size_t bytes) {  // of a few numbers a row; without them the machine is at its end
-    void *memory = std::malloc(bytes);
-    if (!memory) std::abort();
+    void *memory = malloc(bytes);
+    if (!memory) abort();
     return memory;
 }
 
@@ -999,11 +848,9 @@ struct Running {  // of a row, over the logits so far
 
 static inline float largest_of(V v) {
     float largest = v[0];
-    for (int lane = 1; lane < P; lane++) largest = std::max(largest, v[lane]);
+    for (int lane = 1; lane < P; lane++) largest = max(largest, v[lane]);
     return largest;
 }
-
-static inline V larger(V a, V b) { return a > b ? a : b; }
 
 static void take(Running &run, float logit, int64_t token) {
     if (logit > run.largest) {
@@ -1021,10 +868,10 @@ static void absorb(Running &run, const float *row, int64_t first, int64_t count,
     for (int64_t i = 0; i < count; i += P) top = larger(top, load(row + i));
     float largest = largest_of(top);
     if (largest > run.second)
-        for (int64_t i = 0; i < std::min(count, c.tokens - first); i++) take(run, row[i], first + i);
+        for (int64_t i = 0; i < min(count, c.tokens - first); i++) take(run, row[i], first + i);
     if (!c.label) return;
     if (largest > run.base) {
-        run.sum *= std::exp((double)run.base - largest);
+        run.sum *= exp((double)run.base - largest);
         run.base = largest;
     }
     V sum = {};
@@ -1039,7 +886,7 @@ static void choose_fully(const Model &m, const Choice &c, const Input &in, int64
     alignas(64) float logits[BLOCK * COLUMNS];
     for (int64_t column = 0; column < m.head.n; column += COLUMNS)
         for (int64_t first = start; first < end; first += BLOCK) {
-            int64_t rows = std::min<int64_t>(BLOCK, end - first), count = std::min(COLUMNS, m.head.n - column);
+            int64_t rows = min<int64_t>(BLOCK, end - first), count = min(COLUMNS, m.head.n - column);
             for (int64_t i = 0; i < count; i += P) {
                 V out[BLOCK];
                 panel_of(m.head, in, (column + i) / P, first, rows, out);
@@ -1048,7 +895,7 @@ static void choose_fully(const Model &m, const Choice &c, const Input &in, int64
             }
             for (int64_t r = 0; r < rows; r++) {
                 float *row = logits + r * COLUMNS;
-                for (int64_t i = std::max<int64_t>(0, m.vocab - column); i < count; i++) row[i] = -INFINITY;
+                for (int64_t i = max<int64_t>(0, m.vocab - column); i < count; i++) row[i] = -INFINITY;
                 Running &run = runs[first + r - start];
                 absorb(run, row, column, count, c);
                 int64_t label = c.label ? c.label[first + r] - column : -1;
@@ -1059,9 +906,9 @@ static void choose_fully(const Model &m, const Choice &c, const Input &in, int64
         const Running &run = runs[i - start];
         c.best[i] = run.best;
         c.gap[i] = run.largest - run.second;
-        if (c.label) c.loss[i] = (float)(run.base + std::log(run.sum) - run.label);
+        if (c.label) c.loss[i] = (float)(run.base + log(run.sum) - run.label);
     }
-    std::free(runs);
+    free(runs);
 }
 
 struct Candidate {  // a token whose logit may be the largest
@@ -1079,8 +926,8 @@ struct Candidates {  // of a row
         if (count == room) {
             room = room ? 2 * room : 16;
             Candidate *larger = (Candidate *)memory_for(room * sizeof(Candidate));
-            if (count) std::memcpy(larger, list, count * sizeof(Candidate));
-            std::free(list);
+            if (count) memcpy(larger, list, count * sizeof(Candidate));
+            free(list);
             list = larger;
         }
         list[count++] = {token, upper};
@@ -1097,7 +944,7 @@ static double error_of(const Choice &c, const Input &in, int64_t row) {
         rest += difference * difference;
     }
     // The factor is for what becomes float32 later; the rounding of logits is far below `near`.
-    return (std::sqrt(norm) * c.weight_error + std::sqrt(rest) * c.weight_norm) * 1.0001;
+    return (sqrt(norm) * c.weight_error + sqrt(rest) * c.weight_norm) * 1.0001;
 }
 
 static float exact(const float *x, const float *w, int64_t K) {
@@ -1119,11 +966,11 @@ static void sift(Candidates &row, V logits, V scale, int64_t first, const Choice
     V width = scale * (float)row.error, upper = logits + width;
     float least = row.least - (float)c.near;
     if (largest_of(upper) < least) return;
-    int64_t lanes = std::min<int64_t>(P, c.tokens - first);
+    int64_t lanes = min<int64_t>(P, c.tokens - first);
     for (int64_t i = 0; i < lanes; i++) {
         if (upper[i] < least) continue;
         row.add(first + i, upper[i]);
-        row.least = std::max(row.least, logits[i] - width[i]);
+        row.least = max(row.least, logits[i] - width[i]);
         least = row.least - (float)c.near;
     }
 }
@@ -1136,7 +983,7 @@ static void choose_screened(const Model &m, const Choice &c, const Input &in, co
     const float *scales = (const float *)c.screen->scale;
     for (int64_t column = 0; column < c.screen->n; column += COLUMNS)
         for (int64_t first = start; first < end; first += BLOCK) {
-            int64_t rows = std::min<int64_t>(BLOCK, end - first), count = std::min(COLUMNS, c.screen->n - column);
+            int64_t rows = min<int64_t>(BLOCK, end - first), count = min(COLUMNS, c.screen->n - column);
             V top[BLOCK], out[COLUMNS / P][BLOCK];
             for (int64_t r = 0; r < rows; r++) top[r] = all(-INFINITY);
             for (int64_t i = 0; i < count; i += P) {
@@ -1160,11 +1007,11 @@ static void choose_screened(const Model &m, const Choice &c, const Input &in, co
             if (row.list[n].upper < row.least - (float)c.near) continue;
             take(run, exact(in.x + i * in.k, c.head + token * in.k, in.k), token);
         }
-        std::free(row.list);
+        free(row.list);
         c.best[i] = run.best;
         c.gap[i] = run.largest - run.second;
     }
-    std::free(found);
+    free(found);
 }
 
 static void choose(const Thread &thread, const Model &m, const Choice &c, int64_t rows, const Input &in,

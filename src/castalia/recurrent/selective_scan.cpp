@@ -7,36 +7,30 @@
 // L tokens of a chunk. All tensors are contiguous float32: u, dt, y (S, T, E), A (E, N), B, C (S, T, N), h (S, E, N),
 // borders (chunks, S, E, N), the states before each chunk; starts (S, T) bytes or null.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
+#include "../core/basics.h"
 #include "../core/threads.h"
+#include "../core/vectors.h"
 
-typedef float V __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef V VU __attribute__((aligned(4)));
 typedef long long Long;
 
-constexpr Long W = 16;      // channels in a vector
-constexpr Long PARTS = 4;   // parts of the channels that threads take; fixed, so that sums have one order
-
-static inline V all(float x) { return V{} + x; }
+constexpr Long W = P;      // channels in a vector
+constexpr Long SHARES = 4;  // parts of the channels that threads take; fixed, so that sums have one order
 
 // The first `count` of 16 numbers, and zeros.
 static inline V load(const float *p, Long count) {
-    if (count >= W) return *(const VU *)p;
-    V v = V{};
-    for (Long i = 0; i < count; i++) v[i] = p[i];
-    return v;
+    if (count >= W) return load(p);
+    float numbers[W] = {};
+    memcpy(numbers, p, count * sizeof(float));
+    return load(numbers);
 }
 
 static inline void store(float *p, V v, Long count) {
-    if (count >= W) {
-        *(VU *)p = v;
-        return;
-    }
-    for (Long i = 0; i < count; i++) p[i] = v[i];
+    if (count >= W) return store(p, v);
+    memcpy(p, &v, count * sizeof(float));
 }
 
 static inline float sum(V v) {
@@ -45,33 +39,15 @@ static inline float sum(V v) {
     return total;
 }
 
-// exp(x) for x <= 88, within 2 units in the last place; 0 below -87. The polynomial is Cephes' expf.
-static inline V exponential(V x) {
-    const I tiny = x < -87.0f;
-    x = tiny ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-    const V rounded = x * 1.44269504088896341f + magic;
-    const V k = rounded - magic;
-    const V r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-    V p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const I power = ((I)rounded - (I)magic + 127) << 23;
-    const V whole = p * (V)power;
-    return tiny ? V{} : whole;
-}
+// exp(x) for x <= 88; 0 below -87.
+static inline V decay_of(V x) { return select_less(x, all(-87.0f), V{}, exponential(x)); }
 
 // N numbers of each of `count` channels, (E, N) in memory, as N vectors.
 static void gather(V *into, const float *from, Long count, Long N) {
     for (Long n = 0; n < N; n++) {
-        V v = V{};
-        for (Long i = 0; i < count; i++) v[i] = from[i * N + n];
-        into[n] = v;
+        float numbers[W] = {};
+        for (Long i = 0; i < count; i++) numbers[i] = from[i * N + n];
+        into[n] = load(numbers);
     }
 }
 
@@ -85,15 +61,15 @@ struct Sizes {
     Long blocks() const { return (E + W - 1) / W; }
     Long chunks() const { return (T + L - 1) / L; }
     // The first block of a part of the channels.
-    Long begin(Long part) const { return blocks() * part / PARTS; }
+    Long begin(Long part) const { return blocks() * part / SHARES; }
 };
 
 struct Vectors {  // memory of one part of the work
     V *first;
-    explicit Vectors(Long count) : first((V *)std::aligned_alloc(sizeof(V), count * sizeof(V))) {
-        if (!first) std::abort();
+    explicit Vectors(Long count) : first((V *)aligned_alloc(sizeof(V), count * sizeof(V))) {
+        if (!first) abort();
     }
-    ~Vectors() { std::free(first); }
+    ~Vectors() { free(first); }
 };
 
 struct Inputs {
@@ -107,19 +83,19 @@ static void forward_part(Sizes z, Inputs in, const float *h0, float *y, float *l
     Vectors memory(2 * N);
     V *A = memory.first, *h = A + N;
     for (Long block = z.begin(part); block < z.begin(part + 1); block++) {
-        const Long e = block * W, count = std::min(W, z.E - e);
+        const Long e = block * W, count = min(W, z.E - e);
         gather(A, in.A + e * N, count, N);
         if (h0) gather(h, h0 + (s * z.E + e) * N, count, N);
-        else std::fill(h, h + N, V{});
+        else fill(h, h + N, V{});
         for (Long t = 0; t < z.T; t++) {
             if (t % z.L == 0) scatter(borders + ((t / z.L * z.S + s) * z.E + e) * N, h, count, N);
-            if (in.starts && in.starts[s * z.T + t]) std::fill(h, h + N, V{});
+            if (in.starts && in.starts[s * z.T + t]) fill(h, h + N, V{});
             const Long place = (s * z.T + t) * z.E + e;
             const V dt = load(in.dt + place, count), x = dt * load(in.u + place, count);
             const float *B = in.B + (s * z.T + t) * N, *C = in.C + (s * z.T + t) * N;
             V out = V{};
             for (Long n = 0; n < N; n++) {
-                h[n] = exponential(dt * A[n]) * h[n] + x * B[n];
+                h[n] = decay_of(dt * A[n]) * h[n] + x * B[n];
                 out += h[n] * C[n];
             }
             store(y + place, out, count);
@@ -139,12 +115,12 @@ static void backward_part(Sizes z, Inputs in, const float *dy, const float *bord
     V *A = memory.first, *states = A + N, *decays = states + (z.L + 1) * N;
     V *sums_B = decays + z.L * N, *sums_C = sums_B + z.L * N;
     V *behind = sums_C + z.L * N, *sums_A = behind + blocks * N;
-    std::fill(behind, behind + 2 * blocks * N, V{});
+    fill(behind, behind + 2 * blocks * N, V{});
     for (Long chunk = z.chunks() - 1; chunk >= 0; chunk--) {
-        const Long from = chunk * z.L, length = std::min(z.L, z.T - from);
-        std::fill(sums_B, sums_B + 2 * z.L * N, V{});
+        const Long from = chunk * z.L, length = min(z.L, z.T - from);
+        fill(sums_B, sums_B + 2 * z.L * N, V{});
         for (Long block = 0; block < blocks; block++) {
-            const Long e = (first + block) * W, count = std::min(W, z.E - e);
+            const Long e = (first + block) * W, count = min(W, z.E - e);
             gather(A, in.A + e * N, count, N);
             gather(states, borders + ((chunk * z.S + s) * z.E + e) * N, count, N);
             for (Long l = 0; l < length; l++) {
@@ -153,7 +129,7 @@ static void backward_part(Sizes z, Inputs in, const float *dy, const float *bord
                 const bool begins = in.starts && in.starts[row];
                 const float *B = in.B + row * N;
                 for (Long n = 0; n < N; n++) {
-                    const V decay = begins ? V{} : exponential(dt * A[n]);
+                    const V decay = begins ? V{} : decay_of(dt * A[n]);
                     decays[l * N + n] = decay;
                     states[(l + 1) * N + n] = decay * states[l * N + n] + x * B[n];
                 }
@@ -187,7 +163,7 @@ static void backward_part(Sizes z, Inputs in, const float *dy, const float *bord
     }
     for (Long block = 0; block < blocks; block++) {
         const Long e = (first + block) * W;
-        scatter(dA + e * N, sums_A + block * N, std::min(W, z.E - e), N);
+        scatter(dA + e * N, sums_A + block * N, min(W, z.E - e), N);
     }
 }
 
@@ -200,12 +176,12 @@ void castalia_scan(const Long *sizes, const float *u, const float *dt, const flo
     // The size that nearly all models have, unrolled.
     const auto work = z.N == 16 ? forward_part<16> : forward_part<0>;
     team_run(threads, [&](const Thread &thread) {
-        for (Long task = thread.next(); task < z.S * PARTS; task = thread.next())
-            work(z, in, h, y, last, borders, task / PARTS, task % PARTS);
+        for (Long task = thread.next(); task < z.S * SHARES; task = thread.next())
+            work(z, in, h, y, last, borders, task / SHARES, task % SHARES);
     });
 }
 
-// dA (S, E, N) and dB, dC (S, PARTS, T, N) are to be summed up by the caller.
+// dA (S, E, N) and dB, dC (S, SHARES, T, N) are to be summed up by the caller.
 void castalia_scan_backward(const Long *sizes, const float *u, const float *dt, const float *A, const float *B,
                             const float *C, const uint8_t *starts, const float *dy, const float *borders, float *du,
                             float *ddt, float *dA, float *dB, float *dC, int threads) {
@@ -213,13 +189,13 @@ void castalia_scan_backward(const Long *sizes, const float *u, const float *dt, 
     const Inputs in{u, dt, A, B, C, starts};
     const auto work = z.N == 16 ? backward_part<16> : backward_part<0>;
     team_run(threads, [&](const Thread &thread) {
-        for (Long task = thread.next(); task < z.S * PARTS; task = thread.next()) {
-            const Long s = task / PARTS, part = task % PARTS;
+        for (Long task = thread.next(); task < z.S * SHARES; task = thread.next()) {
+            const Long s = task / SHARES, part = task % SHARES;
             float *own_A = dA + s * z.E * z.N, *own_B = dB + task * z.T * z.N, *own_C = dC + task * z.T * z.N;
             work(z, in, dy, borders, du, ddt, own_A, own_B, own_C, s, part);
         }
     });
 }
 
-Long castalia_scan_parts() { return PARTS; }
+Long castalia_scan_parts() { return SHARES; }
 }
