@@ -8,9 +8,9 @@ import torch
 
 import castalia
 from castalia.cli.doctor_choices import choices
+from castalia.core.compilers import chosen_compiler
 from castalia.core.extras import EXTRAS, installed_version, pip_command
 from castalia.core.files import cache_folder
-from castalia.core.native_code import chosen_compiler
 from castalia.machine import Machine, this_machine
 from castalia.native import compiled
 
@@ -67,8 +67,13 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def step_facts() -> dict[str, Any]:
-    """Whether the compiled step runs here, and what could build it."""
-    return {"available": compiled.library() is not None, "compiler": chosen_compiler()}
+    """The instructions that the compiled step uses here, and what could build it."""
+    compiler = chosen_compiler()
+    return {
+        "available": compiled.library() is not None,
+        "level": compiled.level(),
+        "compiler": compiler and " ".join(compiler),
+    }
 
 
 def cache_facts() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def step_text(step: dict[str, Any]) -> str:
     """Whether compiled code decodes, and the compiler."""
     compiler = step["compiler"] or "no compiler found"
     if step["available"]:
-        return f"runs ({compiler})"
+        return f"runs at level {step['level']} ({compiler})"
     return f"does not run, so decoding takes torch's slower operators ({compiler})"
 
 
