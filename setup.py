@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -38,8 +38,6 @@ def built(job: tuple[Path, levels.Level], compiler: tuple[str, ...]) -> bytes | 
 
 class BuildWithLibraries(build_py):
     """Copies the package, and adds the libraries beside their sources."""
-
-    libraries = 0
 
     def run(self) -> None:
         """As setuptools, then compile; an editable installation compiles at first use."""
@@ -66,17 +64,18 @@ class BuildWithLibraries(build_py):
             if facts:
                 record = {"source": source_hash(source), "levels": facts}
                 source.with_name(PREBUILT.format(source.stem)).write_text(json.dumps(record))
-            BuildWithLibraries.libraries += len(facts)
+
+
+class CompiledDistribution(Distribution):
+    """Says whether the package is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether there is something to compile with, and levels to compile for."""
+        return bool(compilers.chosen_compiler() and levels.LEVELS.get(levels.architecture()))
 
 
 class PlatformWheel(bdist_wheel):
     """A wheel for one platform and any Python, where it has libraries."""
-
-    def run(self) -> None:
-        """Compile before the tag is chosen."""
-        self.run_command("build_py")
-        self.root_is_pure = BuildWithLibraries.libraries == 0
-        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         """py3-none, because ctypes loads the libraries; the platform is what they need."""
@@ -91,4 +90,5 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", place
 
 
-setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})
+COMMANDS = {"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel}
+setup(cmdclass=COMMANDS, distclass=CompiledDistribution)

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inference_engines import Ours
 from machine import describe, in_turn, ratio, seconds, summary
 from worker import Worker
 
@@ -38,6 +37,7 @@ class Side(Worker):
 
     def __init__(self, name: str, models: dict[str, Path], folder: Path, threads: int) -> None:
         cache = folder / f"cache-{Path(name).name}"
+        script = Path(__file__).resolve().parent
         changed = {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(SOURCE)}
         if name.endswith(".whl"):
             place = folder / Path(name).stem
@@ -46,6 +46,8 @@ class Side(Worker):
             changed |= {"PYTHONPATH": str(place), "CASTALIA_CXX": "none"}
         elif Path(name).is_dir():
             changed["PYTHONPATH"] = str(Path(name).resolve())
+            # The words of that version for decoding.
+            script = Path(name).resolve().parent / "benchmarks"
         elif shutil.which(name) or name == "zig":
             changed["CASTALIA_CXX"] = name
         else:
@@ -54,7 +56,8 @@ class Side(Worker):
         os.environ.update(changed)
         try:
             places = {numbers: str(path) for numbers, path in models.items()}
-            super().__init__("compilers.py", {"models": places, "threads": threads})
+            case = {"models": places, "threads": threads, "benchmarks": str(script)}
+            super().__init__("compilers.py", case)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -71,6 +74,7 @@ class Side(Worker):
 def serve(case: dict[str, Any]) -> None:
     """Answer requests on stdin: numbers, batch and new tokens, in seconds."""
     torch.set_num_threads(case["threads"])
+    sys.path.insert(0, case["benchmarks"])
     start = time.perf_counter()
     from castalia.native import compiled
 
@@ -78,6 +82,8 @@ def serve(case: dict[str, Any]) -> None:
     # An older version of the code does not tell.
     level = getattr(compiled, "level", lambda: None)()
     built = time.perf_counter() - start
+    from inference_engines import Ours
+
     engines = {numbers: Ours(folder, numbers) for numbers, folder in case["models"].items()}
     print(json.dumps({"level": level, "load_seconds": round(built, 2)}), flush=True)
     generator = torch.Generator().manual_seed(0)
