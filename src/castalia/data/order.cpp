@@ -4,9 +4,10 @@
 // Both wait for memory: each step reads a place that nothing foretells. The places of the next steps are known long
 // before they are read, so they are asked for ahead.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
+
+#include "../core/basics.h"
 
 constexpr int64_t AHEAD = 128;   // places asked for before the first of them is read
 
@@ -21,8 +22,8 @@ extern "C" int64_t castalia_shuffle(uint32_t *values, int64_t *top, const uint32
         const int bits = 64 - __builtin_clzll((unsigned long long)i);
         const uint32_t mask = (uint32_t)((1ULL << bits) - 1);
         // All i of a batch have the same mask: down to the power of two below, and not to 0.
-        const int64_t lowest = std::max((int64_t)(mask >> 1) + 1, (int64_t)1);
-        const int64_t batch = std::min(AHEAD, i - lowest + 1);
+        const int64_t lowest = max((int64_t)(mask >> 1) + 1, (int64_t)1);
+        const int64_t batch = min(AHEAD, i - lowest + 1);
         int64_t found = 0;
         while (found < batch && used < count) {
             const uint32_t j = draws[used++] & mask;
@@ -30,7 +31,7 @@ extern "C" int64_t castalia_shuffle(uint32_t *values, int64_t *top, const uint32
             found += j <= (uint32_t)(i - found);   // no branch: a third of the draws are refused, at random
         }
         for (int64_t k = 0; k < found; k++) __builtin_prefetch(values + places[k], 1);
-        for (int64_t k = 0; k < found; k++) std::swap(values[i - k], values[places[k]]);
+        for (int64_t k = 0; k < found; k++) swap(values[i - k], values[places[k]]);
         i -= found;
     }
     *top = i;
@@ -39,7 +40,7 @@ extern "C" int64_t castalia_shuffle(uint32_t *values, int64_t *top, const uint32
 
 static inline int32_t size_of(const char *sizes, int32_t document) {
     int32_t size;
-    std::memcpy(&size, sizes + 4 * (int64_t)document, 4);
+    memcpy(&size, sizes + 4 * (int64_t)document, 4);
     return size;
 }
 
