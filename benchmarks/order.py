@@ -27,7 +27,6 @@ case needs more than 12 GB, or the first batch with stored maps more than 10 s.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -53,6 +52,8 @@ LIMIT_GB = 12.0
 LIMIT_SECONDS = 10.0
 BATCH = 1024
 HERE = Path(__file__).resolve().parent
+OURS = "castalia"
+MEGATRON = "megatron-core"
 PEER_DOCUMENTS = 10_000_000
 PEER_ROWS = 10_700_000
 QUICK_SHARE = 10
@@ -66,7 +67,7 @@ def main() -> None:
     options = read_options()
     sys.path.insert(0, str(HERE))
     if options.case:
-        print(json.dumps({**CASES, **PILE_CASES, **PEERS}[options.case](options)))
+        print(json.dumps({**CASES, **PILE_CASES}[options.case](options)))
         return
     if options.pile:
         make_file(options)
@@ -120,7 +121,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--megatron", type=Path, help="folder that has megatron-core")
     parser.add_argument("--rounds", type=int, default=5, help="beside Megatron-core")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, two rounds")
-    cases = [*CASES, *PILE_CASES, *PEERS]
+    cases = [*CASES, *PILE_CASES]
     parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.share = QUICK_SHARE if options.quick else 1
@@ -145,8 +146,6 @@ def run_apart(case: str, options: argparse.Namespace) -> dict[str, Any]:
         f"--rows={options.rows}",
     ]
     command.append(f"--folder={options.folder}")
-    if options.megatron:
-        command.append(f"--megatron={options.megatron}")
     result: dict[str, Any] = json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     )
@@ -265,34 +264,40 @@ def maps_folder(options: argparse.Namespace) -> Path:
 def beside_megatron(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and memory of both sides, in turn, and their ratio round by round."""
     import machine as shared
+    from worker import Worker
 
-    sizes = argparse.Namespace(**vars(options))
-    sizes.documents = PEER_DOCUMENTS // options.share
-    sizes.rows = PEER_ROWS // options.share
-    found = {}
-    for name in PEERS:
-        # Not counted: compiles what is compiled once a machine, and shows what is absent.
-        found[name] = run_apart(name, sizes)
-        if "absent" in found[name]:
-            print(f"{name}: {found[name]['absent']}")
-            return {name: found[name]}
-    rounds = [{name: run_apart(name, sizes) for name in turn(r)} for r in range(options.rounds)]
-    digests = {
-        case["digest"] for case in [*found.values(), *(c for r in rounds for c in r.values())]
+    documents = PEER_DOCUMENTS // options.share
+    sizes = {"documents": documents, "rows": PEER_ROWS // options.share, "length": SEQ_LENGTH}
+    folder = str(options.megatron) if options.megatron else None
+    sides = {
+        name: Worker("order_engines.py", {"side": name, "folder": folder, **sizes})
+        for name in (OURS, MEGATRON)
     }
-    record: dict[str, Any] = {"same maps": len(digests) == 1, "rows": found[OURS]["rows"]}
-    print(
-        f"\n{record['rows']:,} rows of {sizes.documents:,} documents;"
-        f" same maps: {record['same maps']}"
-    )
+    ready = {name: side.answer() for name, side in sides.items()}
+    if absent := ready[MEGATRON]["absent"]:
+        print(f"{MEGATRON}: {absent}")
+        sides[OURS].tell("stop")
+        sides[MEGATRON].tell("stop")
+        return {"absent": absent}
+    # Not counted: compiles what is compiled once a machine.
+    rounds = [
+        {name: sides[name].ask("build") for name in turn(r)} for r in range(-1, options.rounds)
+    ]
+    for side in sides.values():
+        side.tell("stop")
+    same = len({each["digest"] for one in rounds for each in one.values()}) == 1
+    rounds = rounds[1:]
+    record: dict[str, Any] = {"same maps": same, **sizes}
+    print(f"\n{rounds[0][OURS]['rows']:,} rows of {documents:,} documents; same maps: {same}")
     print(f"{'':<28}{'seconds':>24}{'grown GB':>10}")
-    for name in PEERS:
+    for name in sides:
+        version = ready[name]["version"]
         seconds = shared.summary(each[name]["seconds"] for each in rounds)
         grown = max(each[name]["grown_gb"] for each in rounds)
-        record[name] = {"version": found[name]["version"], "seconds": seconds, "grown_gb": grown}
+        record[name] = {"version": version, "seconds": seconds, "grown_gb": grown}
         text = "{median:.2f} ({low:.2f}-{high:.2f})".format(**seconds)
-        print(f"{name + ' ' + found[name]['version']:<28}{text:>24}{grown:>10.2f}")
-    spent = [[each[name]["seconds"] for each in rounds] for name in PEERS]
+        print(f"{name + ' ' + version:<28}{text:>24}{grown:>10.2f}")
+    spent = [[each[name]["seconds"] for each in rounds] for name in sides]
     record["ours over theirs"] = shared.ratio(*spent)
     print("ours / theirs {median:.2f} ({low:.2f}-{high:.2f})".format(**record["ours over theirs"]))
     return record
@@ -300,76 +305,7 @@ def beside_megatron(options: argparse.Namespace) -> dict[str, Any]:
 
 def turn(number: int) -> list[str]:
     """The sides of a round: the first one changes."""
-    return list(PEERS) if number % 2 == 0 else list(PEERS)[::-1]
-
-
-def our_maps(options: argparse.Namespace) -> dict[str, Any]:
-    """The index maps of one epoch, built here."""
-    from castalia import __version__
-    from castalia.data import NeoxOrder
-
-    sizes = peer_sizes(options)
-    maps, result = watched(
-        lambda: NeoxOrder(sizes, seq_length=SEQ_LENGTH, num_samples=options.rows, seed=1234)
-    )
-    return {**result, **summed(maps.doc_idx, maps.sample_idx, maps.shuffle_idx, __version__)}
-
-
-def megatron_maps(options: argparse.Namespace) -> dict[str, Any]:
-    """The same by Megatron-core, from its own class, without its cache."""
-    if options.megatron:
-        sys.path.insert(0, str(options.megatron))
-    try:
-        import megatron.core as core
-        from megatron.core.datasets import helpers  # noqa: F401
-        from megatron.core.datasets.gpt_dataset import GPTDataset
-        from megatron.core.datasets.utils import Split
-    except ImportError as error:
-        return {"absent": f"cannot be imported ({error}); see --megatron"}
-    sizes = peer_sizes(options)
-    data = GPTDataset.__new__(GPTDataset)
-    data.config = argparse.Namespace(
-        defer_npy_index_mmap=False,
-        path_to_cache=None,
-        mock=True,
-        sequence_length=SEQ_LENGTH,
-        add_extra_token_to_sequence=1,
-        random_seed=1234,
-    )
-    data.dataset = argparse.Namespace(sequence_lengths=sizes)
-    data.indices = np.arange(len(sizes), dtype=np.int32)
-    data.num_samples = options.rows
-    data.index_split = Split.train
-    maps, result = watched(data._build_document_sample_shuffle_indices)
-    return {**result, **summed(*maps, core.__version__)}
-
-
-def peer_sizes(options: argparse.Namespace) -> Any:
-    """Log-normal document lengths that make a few rows more than asked for in one epoch."""
-    mean = 1.001 * options.rows * SEQ_LENGTH / options.documents
-    raw = np.random.default_rng(0).lognormal(0.0, 1.0, options.documents)
-    return np.maximum(raw * (mean / raw.mean()), 1).astype(np.int32)
-
-
-def watched(work: Any) -> tuple[Any, dict[str, float]]:
-    """What `work` returns; its seconds, and the peak of memory over that before it."""
-    import machine as shared
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = shared.resident_bytes()
-    start = time.perf_counter()
-    result = work()
-    spent = time.perf_counter() - start
-    grown = (shared.resident_bytes("VmHWM") - before) / 1e9
-    return result, {"seconds": round(spent, 3), "grown_gb": round(grown, 3)}
-
-
-def summed(documents: Any, samples: Any, shuffle: Any, version: str) -> dict[str, Any]:
-    """What shows that both sides have built the same."""
-    digest = hashlib.sha256()
-    for array in (documents, samples, shuffle):
-        digest.update(np.ascontiguousarray(array, np.int64))
-    return {"rows": len(shuffle), "digest": digest.hexdigest(), "version": version}
+    return [OURS, MEGATRON] if number % 2 == 0 else [MEGATRON, OURS]
 
 
 KEPT = "first batch, kept maps"
@@ -379,8 +315,6 @@ CASES = {
     "short documents": short_documents,
     "blend of 22": blend_of_22,
 }
-OURS = "castalia"
-PEERS = {OURS: our_maps, "megatron-core": megatron_maps}
 PILE_CASES = {
     "the order alone": pile_order,
     "first batch, building": first_batch,

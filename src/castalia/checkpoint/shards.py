@@ -5,7 +5,6 @@ Source  the format: https://github.com/huggingface/safetensors#format (length, J
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,15 +152,13 @@ def places_of(file: Any, path: Path) -> dict[str, tuple[int, int]]:
 
 def read_at(file: Any, path: Path, at: int, target: memoryview) -> None:
     """Fill `target` from byte `at` of an open file."""
-    while target.nbytes:
-        try:
-            count = os.preadv(file.fileno(), [target], at)
-        except OSError as error:
-            raise DamagedCheckpointError(f"cannot read {path}: {error.strerror}") from None
-        if count == 0:
-            raise DamagedCheckpointError(f"{path} is corrupt: it ends at byte {at}")
-        at += count
-        target = target[count:]
+    try:
+        file.seek(at)
+        count = file.readinto(target)
+    except OSError as error:
+        raise DamagedCheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if count != target.nbytes:
+        raise DamagedCheckpointError(f"{path} is corrupt: it ends at byte {at + count}")
 
 
 @contextmanager

@@ -7,13 +7,15 @@ after it was written would also vouch for what the disk made of it.
 import hashlib
 import io
 import os
+from contextlib import suppress
 from typing import Any
 
-from castalia.core.files import CHUNK_BYTES
 from castalia.core.sealed import Seal
 
 BLOCK = 1 << 20
 """Bytes hashed and written at a time; small enough to stay in the cache between the two."""
+BUFFER = 1 << 18
+"""Bytes of small writes that are collected; less than a block, which then needs no copy."""
 BEHIND = 1 << 24
 """Bytes after which the system is told to bring them to the disk."""
 
@@ -22,7 +24,7 @@ class HashedFile(io.BufferedWriter):
     """A new file for whoever writes to files, hashed from its beginning to its end."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(open(path, "wb", buffering=0), CHUNK_BYTES)  # noqa: SIM115
+        super().__init__(open(path, "wb", buffering=0), BUFFER)  # noqa: SIM115
         self.digest = hashlib.sha256()
         self.behind = 0
         """Bytes written since the system was last told to bring them to the disk."""
@@ -49,7 +51,8 @@ class HashedFile(io.BufferedWriter):
             begin = self.raw.tell() - self.behind
             # Linux starts to write pages that are not needed any more, and does not wait for them.
             # Until they are written it also keeps them.
-            os.posix_fadvise(self.fileno(), max(begin, 0), self.behind, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self.fileno(), max(begin, 0), self.behind, os.POSIX_FADV_DONTNEED)
         self.behind = 0
 
     def sync(self) -> Seal:
