@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 install: $(VENV)/.installed
 
 # torch comes first and pinned, so that no other requirement pulls a newer and larger build.
+# C++ is compiled at first use; a machine without a compiler gets pip's.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# Compiled code is built at first use; a machine without a compiler gets pip's.
-	command -v g++ || command -v clang++ || command -v c++ || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compiler]'
+	@{ command -v g++ || command -v clang++ || command -v c++; } > /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[compiler]'
 	touch $@
 
 demo: install
