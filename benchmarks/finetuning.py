@@ -124,7 +124,7 @@ def write_base(folder: Path, shape: str) -> None:
     """A folder of transformers with a GPT-NeoX of a Pythia shape and random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = hf_config(build_model_config(model(SIZES[shape]), "a benchmark"), end_ids=(0,))
+    values = hf_config(build_model_config(model(SIZES[shape], "bf16"), "a benchmark"), end_ids=(0,))
     values |= {"torch_dtype": "float32"}
     torch.manual_seed(0)
     config = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -55,7 +55,8 @@ def instructions(machine: Machine) -> str:
 
 def describe_level(level: str) -> dict[str, object]:
     """The level, what kernels may use at it, and the measured rates, for the JSON of a run."""
-    machine = this_machine()
+    # Anew: what was kept may have been measured while the machine was busy.
+    machine = this_machine(anew=True)
     return {
         "level": level,
         "instructions": instructions(machine),

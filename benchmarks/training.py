@@ -217,7 +217,7 @@ def engines_of(options: argparse.Namespace, main_case: bool, first: bool) -> tup
 
 def config_of(shape: str, family: str) -> TransformerConfig:
     """A Pythia size, or a LLaMA of its layers, width and heads."""
-    values = model(SIZES[shape])
+    values = model(SIZES[shape], "bf16")
     if family == "llama":
         sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
         heads = values["num_attention_heads"]
