@@ -28,7 +28,9 @@ half of its products that a causal row needs.
 """
 
 import argparse
+import io
 import json
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -91,6 +93,9 @@ def main() -> None:
     """Run every case, print a table after each, write JSON at the end."""
     options = read_options()
     enter(options.level)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Each table as it is ready, in a file too.
+        sys.stdout.reconfigure(line_buffering=True)
     device = "cuda" if options.gpu else "cpu"
     machine = describe(device) | describe_level(options.level)
     rates = {name: best_rate(name, device) for name in options.dtypes}
