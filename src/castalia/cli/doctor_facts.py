@@ -67,13 +67,10 @@ def gpu_facts() -> list[dict[str, Any]]:
 
 
 def step_facts() -> dict[str, Any]:
-    """The instructions that the compiled step uses here, and what could build it."""
+    """The level at which the compiled step runs here, and what could build it."""
     compiler = chosen_compiler()
-    return {
-        "available": compiled.library() is not None,
-        "level": compiled.level(),
-        "compiler": compiler and " ".join(compiler),
-    }
+    command = None if compiler is None else " ".join(compiler)
+    return {"level": compiled.level(), "compiler": command}
 
 
 def cache_facts() -> dict[str, Any]:

@@ -119,11 +119,11 @@ def gpu_text(card: dict[str, Any]) -> str:
 
 
 def step_text(step: dict[str, Any]) -> str:
-    """Whether compiled code decodes, and the compiler."""
-    compiler = step["compiler"] or "no compiler found"
-    if step["available"]:
-        return f"runs at level {step['level']} ({compiler})"
-    return f"does not run, so decoding takes torch's slower operators ({compiler})"
+    """The code that decodes, and the compiler."""
+    compiler = step["compiler"] or "none found"
+    if step["level"] is None:
+        return f"does not run: decoding takes torch's slower operators (compiler: {compiler})"
+    return f"runs with the instructions of {step['level']} (compiler: {compiler})"
 
 
 def products(found: dict[str, Any]) -> Table:

@@ -51,6 +51,7 @@ EXTRAS = {
     "trace": Extra("where a text was read, castalia trace", ("pydivsufsort",)),
     "count": Extra("how often terms were read, castalia count", ("ahocorasick_rs", "regex")),
     "optim": Extra("more optimizers, fp8", ("pytorch-optimizer", "torchao")),
+    "compiler": Extra("a compiler of the native step, where none is found", ("ziglang",)),
     "ray": Extra("tokenizing on a Ray cluster", ("ray",)),
 }
 """The extras of pyproject.toml but those for developers, in the order of use. `fast` is left out:

@@ -10,14 +10,12 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from castalia.core.errors import ConfigError, nearest
+from castalia.core.levels import LEVELS, highest_allowed
 
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CASTALIA_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Variables that change what the measured table would say; MKL obeys its own on Intel alone."""
-X86 = ("x86-64-v2", "x86-64-v3", "avx-vnni", "x86-64-v4", "vnni", "bf16", "amx")
-"""Values of CASTALIA_ISA on x86-64, ascending; each includes those before it."""
-ARM = ("neon", "dotprod", "i8mm", "sve")
-"""Likewise on 64-bit ARM."""
+X86 = tuple(level.name for level in LEVELS["x86_64"])
+ARM = tuple(level.name for level in LEVELS["aarch64"])
 LEAST = {
     "avx2": "x86-64-v3",
     "avx512f": "x86-64-v4",
@@ -77,15 +75,8 @@ def caps() -> dict[str, str]:
 
     Raises  ConfigError if CASTALIA_ISA is not a level that the compiled step knows.
     """
-    given = {name: os.environ[name] for name in CAPS if os.environ.get(name)}
-    wanted = given.get("CASTALIA_ISA")
-    known = (*X86, *ARM, "none")
-    if wanted is not None and wanted not in known:
-        raise ConfigError(
-            f"unknown CASTALIA_ISA={wanted!r}{nearest(wanted, known)};"
-            f" choose one of {', '.join(known)}, or unset it"
-        )
-    return given
+    highest_allowed()
+    return {name: os.environ[name] for name in CAPS if os.environ.get(name)}
 
 
 def processor_lines() -> dict[str, str]:
