@@ -82,7 +82,7 @@ def test_it_is_measured_once_for_its_threads_and_caps(folder, measurements, monk
 
 
 def test_a_busy_machine_is_measured_again(folder, measurements, monkeypatch):
-    """By the next processes, at most three times; the best rates of all count."""
+    """By the next processes, TRIES times at most; the best rates of all count."""
     shares = iter([0.8, 0.5, 0.7])
     monkeypatch.setattr(Load, "share", lambda load: next(shares))
     faster = {"fp32": {"torch": {1: 1e9, 8: 9e10, 512: 9e10}}}
@@ -91,6 +91,7 @@ def test_a_busy_machine_is_measured_again(folder, measurements, monkeypatch):
     assert this_machine() is first and first.busy == 0.8 and first.rate("fp32", 8) == 9e10
     monkeypatch.setattr(table, "product_rates", lambda: MEASURED["rates"])
     monkeypatch.setattr(table, "memory_rate", lambda: 1e10)
+    monkeypatch.setattr(table, "TRIES", 3)
     for busy in (0.5, 0.5, 0.5):
         table.KEPT.clear()
         machine = this_machine()
@@ -207,14 +208,14 @@ class SlowMachine:
         self.calls.append((product, rows))
         if self.rates[product] is None:
             raise RuntimeError("no such instruction")
-        self.now += 2 * rows * measuring.WIDTH**2 / self.rates[product]
+        self.now += 2 * rows * measuring.INPUTS * measuring.OUTPUTS / self.rates[product]
 
 
 def test_what_would_take_too_long_is_not_tried(monkeypatch):
     """bf16 is emulated, 300 times slower; int8 does not exist; all of it ends in time."""
     fp32 = ("fp32", "torch")
     bf16 = ("bf16", "torch")
-    machine = SlowMachine((fp32, 1.5e9), (bf16, 5e6), (("int8", "onednn"), None))
+    machine = SlowMachine((fp32, 7.5e8), (bf16, 2.5e6), (("int8", "onednn"), None))
     monkeypatch.setattr(measuring, "time", machine)
     times = measuring.best_times(machine.cells(), measuring.SECONDS)
     assert machine.now < measuring.SECONDS + 0.1
@@ -222,7 +223,9 @@ def test_what_would_take_too_long_is_not_tried(monkeypatch):
     assert machine.calls.count((("int8", "onednn"), 1)) == 1
     assert (*fp32, 8) in times and (fp32, 512) not in machine.calls
     for cell, seconds in times.items():
-        assert 2 * cell[2] * measuring.WIDTH**2 / seconds == pytest.approx(machine.rates[cell[:2]])
+        assert 2 * cell[2] * measuring.INPUTS * measuring.OUTPUTS / seconds == pytest.approx(
+            machine.rates[cell[:2]]
+        )
     assert len(times) == 10
 
 
@@ -239,7 +242,7 @@ def test_a_busy_moment_does_not_count(monkeypatch):
 
     times = measuring.best_times(cells | {("fp32", "torch", 1): disturbed}, measuring.SECONDS)
     for rows in measuring.ROWS:
-        rate = 2 * rows * measuring.WIDTH**2 / times["fp32", "torch", rows]
+        rate = 2 * rows * measuring.INPUTS * measuring.OUTPUTS / times["fp32", "torch", rows]
         assert rate == pytest.approx(2e11)
 
 

@@ -1,6 +1,6 @@
 """The measurement of this machine: how fast it reads memory, and multiplies matrices.
 
-A product is (rows x 1024) by (1024 x 1024). Each call takes the next of several matrices, as layers
+A product is (rows x 1024) by (1024 x 512). Each call takes the next of several matrices, as layers
 take turns in a model. int8 includes what it costs to round the activations, which every model with
 such weights pays; fp32 and bf16 are products alone.
 
@@ -25,14 +25,16 @@ from torch import Tensor
 
 ROWS = (1, 8, 32, 128, 512)
 """One text that is decoded, a batch of them, a short prompt, a part of a long one, a batch."""
-WIDTH = 1024
-"""Inputs and outputs of a product: between the shapes of a model of 14M weights and of 1B."""
-MATRICES = 8
+INPUTS = 1024
+OUTPUTS = 512
+"""Of a product: shapes of small models. The largest call takes some milliseconds, so that it fits
+between two moments of other programs."""
+MATRICES = 16
 """Matrices of a dtype. In float32 they are 32 MiB together, more than the caches of one core."""
 SECONDS = 1.6
 """Time of all products together."""
 PATIENCE = 0.1
-"""Seconds beyond which a call is not tried; 1 GFLOP takes that long at 11 GFLOP/s."""
+"""Seconds beyond which a call is not tried; 0.5 GFLOP take that long at 5 GFLOP/s."""
 READ_SECONDS = 0.25
 """Time of reading memory."""
 LEAST_BYTES = 64 << 20
@@ -97,7 +99,7 @@ def product_rates(seconds: float = SECONDS) -> dict[str, dict[str, dict[int, flo
         times = best_times(calls_of(), seconds)
     rates: dict[str, dict[str, dict[int, float]]] = {}
     for (dtype, library, rows), best in times.items():
-        flops = 2 * rows * WIDTH * WIDTH
+        flops = 2 * rows * INPUTS * OUTPUTS
         rates.setdefault(dtype, {}).setdefault(library, {})[rows] = flops / best
     return rates
 
@@ -160,8 +162,8 @@ def seconds_of(call: Call) -> float:
 def calls_of() -> dict[Cell, Call]:
     """Every product that is measured."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(WIDTH, WIDTH, generator=generator, device="cpu") / math.sqrt(WIDTH)
-    inputs = [torch.randn(rows, WIDTH, generator=generator, device="cpu") for rows in ROWS]
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator, device="cpu") / math.sqrt(INPUTS)
+    inputs = [torch.randn(rows, INPUTS, generator=generator, device="cpu") for rows in ROWS]
     calls: dict[Cell, Call] = {}
     products = [*floats("fp32", weight), *floats("bf16", weight.bfloat16()), *integers(weight)]
     for dtype, library, multiply in products:
@@ -179,7 +181,7 @@ def bound(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Call:
 
 
 Product = tuple[str, str, Callable[[Tensor], Tensor]]
-"""dtype, library, and the product of (rows, WIDTH)."""
+"""dtype, library, and the product of (rows, INPUTS)."""
 
 
 def floats(dtype: str, weight: Tensor) -> Iterator[Product]:
@@ -218,7 +220,7 @@ def integers(weight: Tensor) -> Iterator[Product]:
     packed = itertools.cycle(
         [torch.ops.onednn.qlinear_prepack(q, None) for _ in range(MATRICES)]  # a copy each
     )
-    zeros = torch.zeros(WIDTH, dtype=torch.int64, device="cpu")
+    zeros = torch.zeros(OUTPUTS, dtype=torch.int64, device="cpu")
     after: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
 
     def by_onednn(x: Tensor) -> Tensor:

@@ -34,12 +34,12 @@ from castalia.machine.instructions import (
 )
 from castalia.machine.measuring import Load, memory_rate, product_rates
 
-EDITION = 2
+EDITION = 3
 """Raised when the measurement changes, so that tables of an older one are not read."""
 
 QUIET = 0.1
 """Load by others from which a measurement is repeated by the next processes."""
-TRIES = 3
+TRIES = 5
 WAIT_SECONDS = 10.0
 """For another process that measures."""
 
