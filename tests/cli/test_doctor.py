@@ -95,6 +95,10 @@ def test_a_choice_that_is_slower_is_told():
     choice = doctor_choices.choice("scoring", "bf16", {"auto": 0.5, "fp32": 0.2})
     ((name, text),) = doctor_page.choice_lines([choice])
     assert name == "scoring"
+    alike = doctor_choices.choice("scoring", "bf16", {"auto": 0.2, "fp32": 0.198})
+    assert (
+        "dtype=auto is bf16, about as fast as dtype=fp32" in doctor_page.choice_lines([alike])[0][1]
+    )
     assert text.startswith("dtype=auto is bf16, and takes 2.5 times as long as dtype=fp32 (a piece")
 
 

@@ -13,6 +13,8 @@ from castalia.core.extras import pip_command
 from castalia.machine.table import QUIET
 from castalia.monitor.display import size_text
 
+ALIKE = 1.05
+"""Factor below which two choices are alike, for all that can be measured."""
 PIPE_WIDTH = 100
 """Columns where the output is not a terminal."""
 
@@ -62,7 +64,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     last = {dtype: cells[-1] for dtype, cells in found["products"].items()}
     for dtype, cell in last.items():
         slower = last["fp32"]["rate"] / cell["rate"]
-        if slower > 1:
+        if slower > ALIKE:
             texts.append(
                 f"{dtype} is slow here: {digits(slower)} times as long as fp32 at {cell['rows']}"
                 " rows."
@@ -153,6 +155,8 @@ def choice_lines(choices: list[dict[str, Any]]) -> list[tuple[str, str]]:
         gain = f", {digits(factor)} times as fast as"
         if factor < 1:
             gain = f", and takes {digits(1 / factor)} times as long as"
+        if 1 / ALIKE < factor < ALIKE:
+            gain = ", about as fast as"
         text = (
             f"{choice['option']} is {choice['chosen']}{gain} {choice['than']}"
             f" ({choice['measured_on']})"
