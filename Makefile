@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all lint bench clean
+.PHONY: install demo test test-fast test-all gpu lint bench clean
 
 install: $(VENV)/.installed
 
@@ -23,10 +23,23 @@ demo: install
 # The tests start many programs: Python keeps what it compiled for the next, also where an image's
 # environment says otherwise.
 test: install
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+# The inner loop: tests that start no process and train nothing, and took little time when they were
+# recorded; see tests/fixtures/durations.py.
+test-fast: install
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --fast -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m '(slow or not slow) and not gpu'
+
+# The first command on a machine with a GPU: what the pretended GPU of `make test` shows, on a real
+# one, and the speeds. Under ten minutes on one H200.
+gpu: install
+	$(BIN)/python -m pytest tests/gpu -m gpu --durations=10
+	$(BIN)/python benchmarks/training.py --gpu --quick --shapes 160m
+	$(BIN)/python benchmarks/inference.py --gpu --sizes 160m --rounds 3
+	$(BIN)/python benchmarks/distributed.py --gpu --quick
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
     python benchmarks/inference.py      # 70M and 160M, batch 1 and 8; run it on an idle machine
     python benchmarks/inference.py --family llama      # LLaMA's blocks, 12 and 4 key heads
     python benchmarks/inference.py --sizes tiny --rounds 2 --new 8
+    python benchmarks/inference.py --gpu      # see benchmarks/inference_gpu.py
 
 Compares the native engine with transformers, CTranslate2, llama.cpp and OpenVINO. Weights are
 random and the same for all. Every engine has a process of its own, and all engines take their turn
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import inference_gpu
 import torch
 from machine import describe, in_turn, ratio, seconds, summary
 
@@ -448,6 +450,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, write JSON."""
+    if "--gpu" in sys.argv:
+        # Other engines, other peers, and options of its own.
+        inference_gpu.main([word for word in sys.argv[1:] if word != "--gpu"])
+        return
     options = parse()
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {"machine": describe(), "missing": options.missing, "sizes": {}}

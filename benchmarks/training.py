@@ -105,9 +105,13 @@ def main() -> None:
     for name in machine["missing"]:
         print(f"{name} is not installed here, and its rows are missing")
     results = []
+    peak = peak_flops(torch.device(device))
     for case in cases(options, rates):
         results.append(run_case(case, device, options))
-        print_case(results[-1], rates[case.dtype], peak_flops(torch.device(device)))
+        for engine in results[-1]["engines"].values():
+            speed = engine["tokens_per_second"]["median"]
+            engine["mfu"] = peak and speed * results[-1]["flops_per_token"] / peak
+        print_case(results[-1], rates[case.dtype], peak)
     judged = judge(results)
     print_judgement(judged)
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tests.fixtures.durations import Durations
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a core; more threads than cores spin in each other's way.
@@ -22,21 +23,19 @@ pytest_plugins = [
     "tests.fixtures.live_page",
 ]
 
-LONGEST = (
-    "tests/test_docs.py",
-    "tests/distributed/test_grid.py",
-    "tests/distributed/test_killed.py",
-    "tests/distributed/test_pipeline.py",
-)
-"""Files of minutes. Workers begin with them, so that neither is left with one in the end."""
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the tests of this project."""
+    group = parser.getgroup("castalia")
+    group.addoption("--fast", action="store_true", help="only tests of the inner loop")
+    group.addoption(
+        "--record-durations", action="store_true", help="write tests/durations.json anew"
+    )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files first, where several workers share the tests file by file."""
-    if not hasattr(config, "workerinput"):
-        return
-    ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.nodeid.split("::")[0], len(LONGEST)))
+def pytest_configure(config: pytest.Config) -> None:
+    """Time the tests, and arrange them by earlier times."""
+    config.pluginmanager.register(Durations(config), "durations")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "config-reference.md"
 def keys(*words):
     """Output of `castalia show --keys WORDS`, in a process without the guests of other tests."""
     command = [sys.executable, "-m", "castalia", "show", "--keys", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

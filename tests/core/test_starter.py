@@ -61,7 +61,7 @@ def test_a_rank_ends_at_once_and_another_process_saves(way):
 def test_a_command_of_a_users_outlives_its_shell():
     _, child = after_the_kill("")
     time.sleep(0.2)
-    assert child.status() == psutil.STATUS_SLEEPING
+    assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     child.kill()
 
 
@@ -70,7 +70,7 @@ def test_a_starter_that_ended_before_is_noticed():
         pass
     environment = os.environ | {starter.STARTER: str(ended.pid)}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=200
     )
     assert f"process {ended.pid}, which started this one, has ended" in done.stderr
 

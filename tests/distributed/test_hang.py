@@ -130,7 +130,7 @@ def test_a_block_is_named_while_it_runs_and_the_limit_starts_again():
         assert (watchdog.step, watchdog.what, watchdog.patience) == (3, "saving", 10)
         watchdog.at -= 50
         watchdog.progressed()
-        assert time.monotonic() - watchdog.at < 1 and watchdog.what == "saving"
+        assert time.monotonic() - watchdog.at < 40 and watchdog.what == "saving"
     assert (watchdog.what, watchdog.patience) == ("reading data", 1.0)
     with pytest.raises(KeyError), watchdog.doing("update"):
         raise KeyError
@@ -142,18 +142,18 @@ def test_one_process_is_watched_when_it_is_asked_for(monkeypatch, capfd):
     assert Watchdog(alone).seconds == 0
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with Watchdog(alone, 0.4) as watchdog:
-        for step in range(1, 12):
+    with Watchdog(alone, 1.0) as watchdog:
+        for step in range(1, 15):
             watchdog.step_begins(step)
             time.sleep(0.1)
         assert not ended
         watchdog.beat(12, "saving", patience=10)
-        time.sleep(1)
+        time.sleep(1.5)
         assert not ended
         watchdog.beat(12, "reading data")
         while not ended:
             time.sleep(0.05)
     assert ended[0] == 1
     said = capfd.readouterr().err
-    assert "rank 0 hangs: no progress for 0." in said and "in step 12 (reading data)" in said
+    assert "rank 0 hangs: no progress for " in said and "in step 12 (reading data)" in said
     assert "test_one_process_is_watched" in said

@@ -34,7 +34,7 @@ def said_by(rank, **environment):
     env = {
         name: value for name, value in os.environ.items() if not name.startswith("MASTER_")
     } | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=250)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     return done.stdout
@@ -150,7 +150,7 @@ def test_a_mesh_that_does_not_match_the_world_is_refused_before_the_processes_me
         "MASTER_PORT": "1",
     }
     command = [sys.executable, "-m", "castalia", "train", "debug", "parallel.dp_replicate=2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
     assert (

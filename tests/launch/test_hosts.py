@@ -173,7 +173,7 @@ def ssh_server(tmp_path_factory):
     time.sleep(1)
     yield f"-p {port} -i {folder / 'user'} {known}"
     server.terminate()
-    server.wait(timeout=10)
+    server.wait(timeout=120)
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_a_host_that_does_not_answer_is_named(tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nno-such-host.invalid slots=1\n")
     words = ("launch", *SHORT, "output=run", "--launcher=pdsh", "--hostfile=hosts")
     running = castalia(*words, folder=tmp_path, PDSH_SSH_ARGS_APPEND=f"-p {free_port()}")
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=200)
     assert running.returncode == 2
     assert err.startswith(
         "castalia: error: ssh does not reach 2 of 2 hosts: 127.0.0.1 (ssh: connect to host "
@@ -303,7 +303,7 @@ def test_ctrl_c_reaches_the_ranks_of_mpirun_as_a_request_to_save(tmp_path):
     ) as job:
         assert job.stdout.readline() == "up\n"
         os.killpg(job.pid, signal.SIGINT)
-        assert job.wait(timeout=30) == 130
+        assert job.wait(timeout=200) == 130
     assert (tmp_path / "saved").exists()
 
 

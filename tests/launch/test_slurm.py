@@ -111,7 +111,7 @@ def slurm(tmp_path_factory):
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=120)
 
 
 BASE = (
@@ -199,7 +199,7 @@ def test_a_job_that_slurm_refuses_is_one_sentence(slurm, tmp_path):
         "--launcher=slurm",
     ]
     command += ["--procs-per-node=2", "--slurm=partition=gone"]
-    done = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert (
         done.stderr.startswith("castalia: error: sbatch refused ")

@@ -19,7 +19,7 @@ class Meeting:
     """An all-reduce between threads."""
 
     def __init__(self, holders: int) -> None:
-        self.barrier = threading.Barrier(holders, timeout=20)
+        self.barrier = threading.Barrier(holders, timeout=200)
         self.given: dict[int, Tensor] = {}
 
     def reduce(self, holder: int, values: Tensor, how) -> Tensor:

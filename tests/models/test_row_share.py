@@ -26,7 +26,7 @@ class Meeting:
     """Tensors exchanged between threads."""
 
     def __init__(self, holders: int) -> None:
-        self.barrier = threading.Barrier(holders, timeout=20)
+        self.barrier = threading.Barrier(holders, timeout=200)
         self.given: list[Tensor] = [torch.empty(0)] * holders
 
     def exchange(self, holder: int, tensor: Tensor) -> list[Tensor]:

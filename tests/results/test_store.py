@@ -176,7 +176,7 @@ def test_processes_add_at_once_and_one_is_killed(tmp_path):
         steps += 1
         store.add([row(0.5, steps)])
         time.sleep(0.05)
-    errors = [worker.communicate(timeout=60)[1] for worker in workers]
+    errors = [worker.communicate(timeout=200)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, -signal.SIGKILL], errors
     found = store.query("select model, count(*) from results group by model order by model")[1]
     assert found == [("m", steps), ("worker", 6)]

@@ -38,7 +38,7 @@ def connect(server: LiveServer) -> Iterator[Callable[[bytes], socket.socket]]:
     made = []
 
     def make(data: bytes) -> socket.socket:
-        made.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+        made.append(socket.create_connection(("127.0.0.1", server.port), timeout=120))
         made[-1].sendall(data)
         return made[-1]
 
@@ -50,7 +50,7 @@ def connect(server: LiveServer) -> Iterator[Callable[[bytes], socket.socket]]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for it, 10 s at most."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)

@@ -107,7 +107,7 @@ def start(fake: FakeModels) -> Iterator[Callable[..., LoadedModels]]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for it, 10 s at most."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)

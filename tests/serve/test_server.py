@@ -55,7 +55,7 @@ def start(run_folder: Path) -> Iterator[Callable[..., LiveServer]]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for it, 20 s at most."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)

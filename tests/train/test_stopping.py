@@ -23,12 +23,12 @@ CASES = {
     "SIGTERM": {"at": "step", "seconds": 0.3, "signals": ["SIGTERM"]},
     "SIGHUP": {"at": "step", "seconds": 0.3, "signals": ["SIGHUP"]},
     "nohup": {"at": "step", "seconds": 0.3, "signals": ["SIGHUP"], "ignore": "SIGHUP"},
-    "in a validation": {"at": "validation", "seconds": 0.3, "signals": ["SIGTERM"]},
+    "in a validation": {"at": "validation", "seconds": 1, "signals": ["SIGTERM"]},
     "tee": {"at": "step", "seconds": 0.3, "signals": ["SIGINT"], "reader": "gone"},
     "head": {"at": "step", "seconds": 0.3, "signals": [], "reader": "gone"},
     "one of two ranks": {"at": "step", "seconds": 0.3, "signals": ["SIGINT"], "ranks": 2},
     "two ranks in a validation": {
-        "at": "validation", "seconds": 0.3, "signals": ["SIGUSR1"], "ranks": 2,
+        "at": "validation", "seconds": 1, "signals": ["SIGUSR1"], "ranks": 2,
     },
     "resumed": {"at": "nothing", "signals": []},
     "whole": {"at": "nothing", "signals": []},
@@ -108,7 +108,7 @@ def test_the_step_is_finished_and_saved(ended, name, code, steps):
 @pytest.mark.parametrize("name", ["two", "two in the save"])
 def test_the_second_ctrl_c_ends_at_once(ended, name):
     case = ended[name]
-    assert case["codes"] == [130] and case["seconds"] < 20 and case["saved"] == [0]
+    assert case["codes"] == [130] and case["seconds"] < 50 and case["saved"] == [0]
     first, second = case["err"].splitlines()
     assert first.endswith("; Ctrl-C again stops at once")
     newest = case["folder"] / "checkpoints" / "step-00000000"
@@ -119,9 +119,9 @@ def test_the_second_ctrl_c_ends_at_once(ended, name):
 
 @pytest.mark.parametrize("name", ["in a validation", "two ranks in a validation"])
 def test_a_validation_is_broken_off(ended, name):
-    """Thirty batches take nine seconds on one rank; the run saves the step that was validated."""
+    """Thirty batches take half a minute on one rank; the run saves the step that was validated."""
     case = ended[name]
-    assert set(case["codes"]) == {0} and case["seconds"] < 6, case
+    assert set(case["codes"]) == {0} and case["seconds"] < 25, case
     assert "is saved; the same command resumes" in case["out"]
     assert 2 in case["saved"]
 
