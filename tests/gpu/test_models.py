@@ -107,14 +107,22 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+GENERATES = (
+    *("family neox", "family llama", "family falcon", *(f"family {name}" for name in RECURRENT)),
+    *("alibi", "window", "learned", "rpe", "sparse heads", "dynamic", "experts top 2"),
+)
+"""Those whose states, positions or masks differ; all of them on a real GPU."""
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_trains_and_generates(name: str, gpu: Gpu) -> None:
     model = built(MODELS[name])
     train_alike(model, gpu)
-    generate_alike(model, gpu)
+    if name in GENERATES or gpu.real:
+        generate_alike(model, gpu)
 
 
-@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("family", ["llama", "falcon"])
 def test_layers_of_every_kind(family: str, gpu: Gpu) -> None:
     model = make_hybrid(family, ALL, **FAMILY[family])
     segments = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
