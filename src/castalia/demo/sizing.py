@@ -27,7 +27,7 @@ from castalia.runs.named_corpus import ensure_corpus
 from castalia.train.hooks import Hook, Step
 from castalia.train.machine_precision import recorded_precision
 from castalia.train.stopping import Stop
-from castalia.train.timing import FASTER, name_of, times_as_long
+from castalia.train.timing import name_of, preferred, times_as_long
 from castalia.train.trainer import Trainer
 
 MINUTES = 4.0
@@ -272,6 +272,6 @@ def choose_precision(config: RunConfig, *, given: bool, say: Callable[[str], Non
         return recorded
     device = choose_device(config.device, local_rank=0)
     factor = times_as_long(config, "fp32", "bf16", device)
-    chosen = "bf16" if factor >= FASTER else "fp32"
+    chosen = preferred(factor)
     say(f"  precision {chosen}: a pass in fp32 takes {factor:.2f} times as long as in bf16 here")
     return chosen
