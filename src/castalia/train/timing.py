@@ -192,13 +192,6 @@ def largest_pass(
         rows = min(micro_rows, most // length)
         seconds = best_seconds(model, precisions, device, rows, length)
         # The slowest decides: a ratio needs all of them at one size.
-        if max(seconds) <= PATIENCE:
-            continue
-        if len(precisions) > 1:
-            # A second look: whatever comes first in a process, or while another one ends, is slow,
-            # and a ratio from that once chose bf16 where it takes thirteen times as long.
-            again = [pass_seconds(model, name, device, rows, length) for name in precisions]
-            seconds = [min(pair) for pair in zip(seconds, again, strict=True)]
         if max(seconds) > PATIENCE:
             break
     return MeasuredPass(seconds, rows, length)
