@@ -281,8 +281,9 @@ class Torchtitan(Peer):
 
     def loss(self) -> Tensor:
         """Sum over the targets divided by their number."""
-        hidden = self.forward(input_ids=self.tokens).last_hidden_state.flatten(0, 1)
-        loss, _ = self.chunked(hidden, self.labels.flatten(), self.count)
+        hidden = self.forward(input_ids=self.tokens).last_hidden_state
+        # (B, T, C), as the release 0.3.0 cuts them along T.
+        loss, _ = self.chunked(hidden, self.labels, self.count)
         return loss
 
 
