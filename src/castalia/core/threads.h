@@ -118,8 +118,9 @@ struct Team {
             return;
         }
         const uint64_t passed = phase.value.load(__ATOMIC_RELAXED);
+        const int64_t patience = spin;  // after the arrival the next caller may change it
         if (arrived.fetch_add(1, __ATOMIC_ACQ_REL) + 1 < count) {
-            phase.wait(passed, spin);
+            phase.wait(passed, patience);
             return;
         }
         arrived.store(0, __ATOMIC_RELAXED);
