@@ -5,8 +5,10 @@ storage is one that it reads. Everywhere else the PyTorch decoder runs, with lin
 compute on packed weights; see castalia.native.decoder.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,20 +26,23 @@ from castalia.inference.torch_slots import model_slots
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
 from castalia.native.cache import CACHES, require_cache, token_bytes
+from castalia.native.choosing import label_losses
 from castalia.native.compiled import library
-from castalia.native.decoder import PackedDecoder, bf16_decoder, kernel_decoder
+from castalia.native.decoder import PackedDecoder, kernel_decoder, scoring_decoder
 from castalia.native.fused import FusedForward
 from castalia.native.kernels import is_fused
 from castalia.native.packing import STORAGES
-from castalia.native.tuning import chosen
-from castalia.native.weights import PackedWeights, load_weights, packed_weights
+from castalia.native.tuning import chosen, scoring_kernel
+from castalia.native.weights import HEAD, PackedWeights, load_weights, packed_weights
 
 ROWS_AT_ONCE = 256
 """Tokens of prompts in one pass: enough for full speed of the products, and little memory."""
 SCORED_ROWS = 128
-"""Positions whose logits exist at a time while bf16 scores. Twice as many take a third longer:
+"""Positions whose logits exist at a time while torch scores. Twice as many take a third longer:
 the allocator returns their buffers to the system and maps them again for every part."""
 QUANTIZED = ("int8", "int4")
+FLOAT_KERNELS = {"bf16": "bf16", "fp32": "fp32", "fp32_onednn": "fp32"}
+"""Kernels of floats, with the name of their arithmetic."""
 KINDS_OF_ATTENTION = ("global", "sliding")
 """Kinds of layers that the compiled step computes."""
 
@@ -114,7 +119,11 @@ class NativeEngine(Engine):
 
     Takes   kernels: auto (the compiled step, else the fastest kernels of torch), torch, or the
             name of one kernel.
-            scoring: bf16 to score texts in bfloat16; None to score in the storage's arithmetic.
+            scoring: bf16 or fp32 to score whole texts in it; auto for the fastest here of these
+            and the storage's own arithmetic; None for the storage's arithmetic.
+
+    Scoring in another arithmetic than decoding has a copy of the weights of its own, which is made
+    for the first text.
     """
 
     name = "native"
@@ -124,36 +133,50 @@ class NativeEngine(Engine):
     dtypes = ("auto", *STORAGES)
     caches = tuple(CACHES)
     batching = "continuous"
-    scores = "bf16 with dtype=auto, else as it decodes"
+    scores = "as it decodes; with dtype=auto in bf16 or fp32 where that is faster here"
 
     def __init__(
         self, weights: PackedWeights, kernels: str = "auto", scoring: str | None = None
     ) -> None:
         super().__init__(weights.config)
         self.weights = weights
-        self.scoring = scoring or weights.storage
         self.compiled = compiled_forward(weights, kernels)
         self.decoder: PackedDecoder | None = None
+        self.own_kernel = "compiled"
+        """The kernel by which the largest layer decodes."""
         if self.compiled is None:
             linears = [packed for _, packed in weights.linears()]
-            self.decoder = kernel_decoder(weights, chosen(linears, weights.storage, kernels))
+            choice = chosen(linears, weights.storage, kernels)
+            self.own_kernel = choice[max(choice, key=math.prod)]
+            self.decoder = kernel_decoder(weights, choice)
+        self.scoring_kernel = self.chosen_scoring(scoring)
+        self.scoring = FLOAT_KERNELS.get(self.scoring_kernel, weights.storage)
+        """The arithmetic of `logprobs`: bf16, fp32 or the storage."""
         self.scorer: PackedDecoder | None = None
+
+    def chosen_scoring(self, scoring: str | None) -> str:
+        """The kernel for products of whole texts, `own_kernel` for the engine's own."""
+        storage = self.weights.storage
+        if scoring not in (None, "auto", storage):
+            return scoring
+        layers = [packed for name, packed in self.weights.products.items() if name != HEAD]
+        return scoring_kernel(layers, storage, self.own_kernel, exact=scoring != "auto")
 
     @classmethod
     def from_checkpoint(cls, source: SavedModel, dtype: str, device: str) -> "NativeEngine":
         """See `Engine`; the checkpoint is packed while it is read."""
         storage = "int8" if dtype == "auto" else dtype
         weights = packed_weights(source.tensors, source.config, storage, source.step)
-        return cls(weights, scoring="bf16" if dtype == "auto" else None)
+        return cls(weights, scoring="auto" if dtype == "auto" else None)
 
     @classmethod
     def from_export(cls, export: ExportFolder, dtype: str | None) -> "NativeEngine":
         """See `Engine`.
 
-        Quantized weights score in bf16, unless their own arithmetic is asked for by its name.
+        Quantized weights score in the fastest arithmetic, unless their own is asked for by name.
         """
         quick = dtype in (None, "auto") and export.numbers in QUANTIZED
-        return cls(load_weights(export.folder), scoring="bf16" if quick else None)
+        return cls(load_weights(export.folder), scoring="auto" if quick else None)
 
     @classmethod
     def refuses(cls, config: ModelConfig) -> str | None:
@@ -216,22 +239,30 @@ class NativeEngine(Engine):
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`."""
-        if self.scoring != "bf16":
+        if self.scores_apart:
+            return model_logprobs(self.scoring_decoder(), ids, SCORED_ROWS)
+        if self.compiled is None:
             return super().logprobs(ids)
-        return model_logprobs(self.bf16_scorer(), ids, SCORED_ROWS)
+        return compiled_logprobs(self.compiled, ids)
 
-    def bf16_scorer(self) -> PackedDecoder:
-        """The decoder that scores in bf16."""
+    @property
+    def scores_apart(self) -> bool:
+        """Whether whole texts are computed by another kernel, on a copy of the weights."""
+        return self.scoring_kernel != self.own_kernel
+
+    def scoring_decoder(self) -> PackedDecoder:
+        """The decoder that scores where it is not the engine itself."""
         if self.scorer is None:
             # Made for the first text that is scored: generating alone needs no second copy.
-            self.scorer = bf16_decoder(self.weights)
+            self.scorer = scoring_decoder(self.weights, self.scoring_kernel)
         return self.scorer
 
     def scoring_model(self) -> ScoringModel | None:
         """See `Engine`; None where the compiled step scores."""
-        if self.scoring == "bf16":
-            scorer = self.bf16_scorer()
-            return ScoringModel(scorer, torch.bfloat16, scorer.head)
+        if self.scores_apart:
+            scorer = self.scoring_decoder()
+            dtype = torch.bfloat16 if self.scoring == "bf16" else torch.float32
+            return ScoringModel(scorer, dtype, scorer.head)
         if self.decoder is not None:
             return ScoringModel(self.decoder, torch.float32, self.decoder.head)
         return None
@@ -239,6 +270,21 @@ class NativeEngine(Engine):
     def scoring_slots(self, count: int, length: int) -> Slots:
         """See `Engine`."""
         return self.slots(count, length)
+
+
+def compiled_logprobs(forward: FusedForward, ids: Sequence[int]) -> Tensor:
+    """As `Engine.logprobs`, T ids -> (T - 1,) float32; no logits are kept."""
+    text = np.array(ids, np.int64)
+    cache = forward.new_cache(1, len(ids))
+    threads = torch.get_num_threads()
+    parts = []
+    # The last token predicts nothing that is in the text.
+    for start in range(0, len(ids) - 1, ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, len(ids) - 1)
+        labels = text[start + 1 : end + 1]
+        parts.append(label_losses(forward, cache, text[start:end], labels, start, threads))
+    losses = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    return torch.from_numpy(-losses)
 
 
 def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | None:

@@ -1,4 +1,4 @@
-"""The largest logit after each token, without most of the logits, by the compiled step.
+"""The largest logit after each token, or the loss of a label, without logits, by the compiled step.
 
 The head of a small model costs more than all of its layers. To choose a token its logits need not
 be known: the head in int8 gives each of them with a bound of its error, and only those that may be
@@ -138,6 +138,40 @@ class Chooser:
             choice.label = labels.ctypes.data
             choice.loss = losses.ctypes.data
         return choice
+
+
+def label_losses(
+    forward: FusedForward, cache: FusedCache, tokens: Ids, labels: Ids, start: int, threads: int
+) -> Floats:
+    """Append M tokens to the first slot, which holds `start`; cross-entropies of what follows each.
+
+    Shapes  tokens, labels (M,) contiguous int64 -> (M,) float32, in nats, over the padded
+            vocabulary. The logits stay in the processor's cache, some columns at a time.
+    """
+    count = len(tokens)
+    slots = np.zeros(count, np.int64)
+    positions = np.arange(start, start + count)
+    pick = np.arange(count)
+    best = np.empty(count, np.int64)
+    gaps = np.empty(count, np.float32)
+    losses = np.empty(count, np.float32)
+    places = (array.ctypes.data for array in (tokens, slots, positions))
+    batch = CBatch(count, *places, count, pick.ctypes.data, None)
+    choice = CChoice(near=0.0, tokens=forward.weights.config.vocab_size)
+    choice.best = best.ctypes.data
+    choice.gap = gaps.ctypes.data
+    choice.label = labels.ctypes.data
+    choice.loss = losses.ctypes.data
+    failed = forward.native.castalia_choose(
+        ctypes.addressof(forward.model),
+        ctypes.addressof(cache.c),
+        ctypes.addressof(batch),
+        ctypes.addressof(choice),
+        threads,
+    )
+    if failed:
+        raise MemoryError(f"no memory for a pass over {count} tokens")
+    return losses
 
 
 def fits(cache: FusedCache, count: int, length: int) -> bool:

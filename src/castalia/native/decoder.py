@@ -97,6 +97,9 @@ def kernel_decoder(weights: PackedWeights, kernels: Mapping[tuple[int, int], str
     return PackedDecoder(weights, linear)
 
 
-def bf16_decoder(weights: PackedWeights) -> PackedDecoder:
-    """The decoder with products and attention in bfloat16, out of any storage."""
-    return PackedDecoder(weights, lambda name, packed: Bf16Linear(packed))
+def scoring_decoder(weights: PackedWeights, kernel: str) -> PackedDecoder:
+    """The decoder for whole texts on one kernel of floats, out of any storage: bf16, with attention
+    in bfloat16 as well, fp32 or fp32_onednn."""
+    if kernel == "bf16":
+        return PackedDecoder(weights, lambda name, packed: Bf16Linear(packed))
+    return PackedDecoder(weights, lambda name, packed: KernelLinear(make(kernel, packed)))

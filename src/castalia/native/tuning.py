@@ -2,15 +2,18 @@
 
 A shape is measured at one row (decoding one text), at 8 (a batch) and at 32 (a prompt). Each layer
 gets one kernel, so that its weights exist once: the kernel with the smallest product of the three
-times. The choice is stored in the user's cache folder under the processor, the threads and the
-versions, so that a model computes the same numbers in every run.
+times. Whole texts are bound by arithmetic, so their kernel is measured apart, at many rows. The
+choice is stored in the user's cache folder under the processor, the threads, the caps on
+instructions and the versions, so that a model computes the same numbers in every run.
 """
 
 import functools
 import hashlib
 import json
 import math
+import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,10 +23,20 @@ from castalia.core.errors import CastaliaError
 from castalia.core.files import cache_folder, write_json
 from castalia.core.native_code import processor
 from castalia.native.compiled import level
-from castalia.native.kernels import KERNELS, Kernel, candidates, make
+from castalia.native.kernels import KERNELS, Kernel, candidates, has_onednn, make
 from castalia.native.packing import Packed, bare, pack
 
 ROWS = (1, 8, 32)
+SCORED_ROWS = (128,)
+"""Rows at which kernels are compared for whole texts."""
+LEAST_WEIGHTS = 1 << 18
+"""Weights of the largest layer below which the choice for whole texts is not worth measuring."""
+MARGIN = 1.05
+"""How much faster another kernel must be to replace the first: noise decides below that."""
+COPY_MARGIN = 1.25
+"""The same where both compute the same numbers, so that speed alone pays for a second copy."""
+CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables that take instructions from torch, and so change what is the fastest."""
 SECONDS = 1.0
 """Measuring time of all shapes of a model together."""
 CHANNELS_AT_MOST = 8192
@@ -44,6 +57,31 @@ def chosen(layers: list[Packed], storage: str, names: str = "auto") -> dict[tupl
     return best
 
 
+def scoring_kernel(layers: list[Packed], storage: str, own: str, exact: bool) -> str:
+    """The kernel for products of whole texts: `own`, by which the engine decodes, or a faster one.
+
+    Takes   exact: whether the arithmetic of the storage is asked for. Else quantized weights may
+            also be multiplied in bfloat16 or float32, which rounds activations less than int8 does.
+
+    Another kernel than `own` has a second copy of the weights: 2 bytes a weight in bfloat16, 4 in
+    float32.
+    """
+    largest = max(layers, key=lambda layer: layer.channels * layer.inputs)
+    shape = (largest.channels, largest.inputs)
+    others: tuple[str, ...] = ()
+    if storage == "fp32":
+        others = ("fp32", "fp32_onednn")
+    elif not exact:
+        others = ("bf16", "fp32", "fp32_onednn")
+    if not has_onednn():
+        others = tuple(name for name in others if name != "fp32_onednn")
+    names = (own, *(name for name in others if name != own))
+    if len(names) == 1 or shape[0] * shape[1] < LEAST_WEIGHTS:
+        return own
+    margin = COPY_MARGIN if storage == "fp32" else MARGIN
+    return fastest(shape, storage, names, SECONDS / 4, SCORED_ROWS, margin)
+
+
 @functools.cache
 def fastest(
     shape: tuple[int, int],
@@ -51,26 +89,42 @@ def fastest(
     names: tuple[str, ...],
     seconds: float,
     rows: tuple[int, ...] = ROWS,
+    margin: float = 1.0,
 ) -> str:
-    """The fastest of `names` for a layer of `shape`, from the cache folder if it is there."""
+    """The fastest of `names` for a layer of `shape`, from the cache folder if it is there.
+
+    The first of `names`, unless another is more than `margin` times as fast.
+    """
     path = remembered(shape, storage, names, rows)
-    with suppress(OSError, ValueError, KeyError):
-        stored = json.loads(path.read_text())["kernel"]
-        if stored in names:
-            return str(stored)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text())["seconds"]
+        return best_of({name: tuple(stored[name]) for name in names}, margin)
     times = measured(shape, storage, names, seconds, rows)
-    best = min(times, key=lambda name: math.prod(times[name]))
+    best = best_of(times, margin)
     # Without a cache folder the choice holds for this process.
     with suppress(CastaliaError):
         write_json(path, {"kernel": best, "rows": rows, "seconds": times})
     return best
 
 
+def best_of(times: Mapping[str, tuple[float, ...]], margin: float = 1.0) -> str:
+    """The name with the smallest product of times, in seconds; the first within `margin` of it.
+
+    With several numbers of rows, `margin` is of the geometric mean of the times.
+    """
+    products = {name: math.prod(ones) for name, ones in times.items()}
+    first = next(iter(times))
+    best = min(products, key=lambda name: products[name])
+    near = margin ** len(times[first])
+    return first if products[first] <= near * products[best] else best
+
+
 def remembered(
     shape: tuple[int, int], storage: str, names: tuple[str, ...], rows: tuple[int, ...]
 ) -> Path:
     """The file that stores the choice for a shape."""
-    machine = [processor(), level(), torch.get_num_threads(), torch.__version__]
+    caps = [os.environ.get(name) for name in CAPS]
+    machine = [processor(), level(), caps, torch.get_num_threads(), torch.__version__]
     key = json.dumps([shape, storage, names, rows, *machine])
     return cache_folder() / f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
