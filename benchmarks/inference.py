@@ -4,14 +4,18 @@
     python benchmarks/inference.py --family llama      # LLaMA's blocks, 12 and 4 key heads
     python benchmarks/inference.py --sizes tiny --rounds 2 --new 8
     python benchmarks/inference.py --gpu      # see benchmarks/inference_gpu.py
+    python benchmarks/inference.py --level avx2        # 70M as on a machine with AVX2 alone
+    python benchmarks/inference.py --quick             # one round of few engines
 
 Compares the native engine with transformers, CTranslate2, llama.cpp and OpenVINO. Weights are
 random and the same for all. Every engine has a process of its own, and all engines take their turn
 in each round. Decoding: prompts of 32 random tokens, 128 new tokens, greedy, without an end of
 document. Memory is the peak resident size minus that after the imports. The share of the memory
 limit is the bytes of weights that a token reads times the steps a second, over the bandwidth
-measured in the same round for that working set. CTranslate2 and llama.cpp use the number of
-threads that suits them best. Goals are ratios of medians, printed at the end.
+measured in the same round for that working set. First tokens are timed for prompts of 128, 512 and
+2,000 tokens and a mixed batch of eight. `native auto` is what dtype=auto takes. CTranslate2 and
+llama.cpp use the number of threads that suits them best. Goals are ratios of medians, printed at
+the end.
 """
 
 import argparse
@@ -26,6 +30,15 @@ from typing import Any, NamedTuple
 
 import inference_gpu
 import torch
+from inference_levels import (
+    LEVELS,
+    MIXED,
+    PREFILL,
+    environment,
+    in_words,
+    instructions,
+    level_goals,
+)
 from machine import describe, in_turn, ratio, seconds, summary
 
 
@@ -84,6 +97,7 @@ EXPORTS = {
     "native bf16": ("native", "bf16"),
     "native int8": ("native", "int8"),
     "native int4": ("native", "int4"),
+    "native auto": ("native", "int8"),
 }
 """Engine -> format and numbers of the export that it reads."""
 NEEDS = {
@@ -100,9 +114,21 @@ SCORERS = (
     "ct2 int8",
     "openvino int8",
     "native fp32",
+    "native bf16",
     "native int8",
+    "native auto",
 )
-"""Engines that score; `native int8` stands for dtype=auto, which scores in bf16."""
+"""Engines that score."""
+QUICK = (
+    "transformers fp32",
+    "transformers bf16",
+    "ct2 int8",
+    "llama.cpp Q8_0",
+    "native fp32",
+    "native int8",
+    "native auto",
+)
+"""Engines of `--quick`."""
 GOALS = {
     "neox": [
         ("native int8", "ct2 int8", 1, 3.5),
@@ -128,7 +154,7 @@ GOALS = {
 class Worker:
     """The process of one engine, as seen from the parent."""
 
-    def __init__(self, engine: str, folder: Path, threads: int) -> None:
+    def __init__(self, engine: str, folder: Path, threads: int, level: str) -> None:
         script = Path(__file__).with_name("inference_engines.py")
         command = [sys.executable, str(script), engine, str(folder), str(threads)]
         self.process = subprocess.Popen(
@@ -137,6 +163,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=environment(level),
         )
         self.engine = engine
         self.peak = 0
@@ -274,6 +301,41 @@ def measure_decoding(
     return out
 
 
+def measure_prefill(
+    workers: Mapping[str, Worker], size: str, options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Seconds to the first token of every engine, by prompt."""
+    rows = {}
+    for tokens in options.prefill:
+        rows[f"{tokens} tokens"] = prompts_of(1, tokens, options.family, size)
+    longest = prompts_of(len(MIXED), max(MIXED), options.family, size)
+    mixed = [ids[:tokens] for ids, tokens in zip(longest, MIXED, strict=True)]
+    rows[f"{len(MIXED)} prompts of {min(MIXED)} to {max(MIXED)} tokens"] = mixed
+    found = {}
+    for name, prompts in rows.items():
+        works: dict[str, Callable[[], float]] = {}
+        for engine, worker in workers.items():
+            worker.ask(prompts=prompts, new=1)
+            works[engine] = lambda worker=worker, prompts=prompts: worker.ask(
+                prompts=prompts, new=1
+            )["seconds"]
+        times = in_turn(works, options.rounds)
+        found[name] = {
+            engine: {"seconds": summary(rounds), "rounds": rounds}
+            for engine, rounds in times.items()
+        }
+    return found
+
+
+def show_prefill(found: Mapping[str, Any], size: str) -> None:
+    """Print a table: milliseconds."""
+    print(f"\n{size}, ms to the first token")
+    print(f"{'engine':<20}" + "".join(f"{name:>34}" for name in found))
+    for engine in next(iter(found.values()), {}):
+        cells = [1e3 * rows[engine]["seconds"]["median"] for rows in found.values()]
+        print(f"{engine:<20}" + "".join(f"{cell:>34.1f}" for cell in cells))
+
+
 def measure_scoring(
     workers: Mapping[str, Worker], size: str, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
@@ -337,20 +399,10 @@ def goals(record: Mapping[str, Any], family: str, size: str) -> list[dict[str, A
                 {"what": f"{size} batch {batch}: {ours} / {theirs}", "wanted": wanted, **got}
             )
     scoring = record.get("scoring", {})
-    if "native int8" in scoring and "transformers fp32" in scoring:
-        got = ratio(scoring["transformers fp32"]["rounds"], scoring["native int8"]["rounds"])
-        measured.append(
-            {"what": f"{size} scoring: native auto / transformers fp32", "wanted": 2.3, **got}
-        )
-        if size == "70m":
-            share = 0.5e9 / scoring["native int8"]["peak"]
-            measured.append(
-                {
-                    "what": "70m scoring: 0.5 GB / native auto's memory",
-                    "wanted": 1.0,
-                    "median": share,
-                }
-            )
+    if "native auto" in scoring and size == "70m":
+        share = 0.5e9 / scoring["native auto"]["peak"]
+        what = "70m scoring: 0.5 GB / native auto's memory"
+        measured.append({"what": what, "wanted": 1.0, "median": share})
     memory = record["memory"]
     if "native int8" in memory and "ct2 int8" in memory:
         for kind in memory["ct2 int8"]:
@@ -379,10 +431,14 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     places, refused = write_models(options.family, size, folder, options.engines)
     for name, reason in refused.items():
         print(f"{size}: {name} is left out: {reason}")
-    workers = {name: Worker(name, place, options.threads) for name, place in places.items()}
+    workers = {
+        name: Worker(name, place, options.threads, options.level) for name, place in places.items()
+    }
     record: dict[str, Any] = {
+        "instructions": options.instructions,
         "disk_bytes": {name: weight_bytes(place) for name, place in places.items()},
         "threads": {name: worker.hello["threads"] for name, worker in workers.items()},
+        "scores_in": {name: worker.hello["scores_in"] for name, worker in workers.items()},
         "refused": refused,
         "decoding": {},
         "memory": {name: {} for name in workers},
@@ -393,7 +449,9 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
             record["decoding"][str(batch)] = decoding
             for name, worker in workers.items():
                 record["memory"][name][f"batch {batch}"] = worker.peak
-            show_decoding(decoding, size, batch)
+            show_decoding(decoding, f"{size} at {in_words(options.instructions)}", batch)
+        record["prefill"] = measure_prefill(workers, size, options)
+        show_prefill(record["prefill"], f"{size} at {in_words(options.instructions)}")
     finally:
         for worker in workers.values():
             worker.close()
@@ -405,15 +463,17 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         cells = "".join(f"{peak / 1e6:>13.0f}" for peak in record["memory"][name].values())
         print(f"{name:<20}{record['disk_bytes'][name] / 1e6:>9.1f}{cells}")
     scorers = {
-        name: Worker(name, places[name], options.threads) for name in places if name in SCORERS
+        name: Worker(name, places[name], options.threads, options.level)
+        for name in places
+        if name in SCORERS
     }
     try:
         record["scoring"] = measure_scoring(scorers, size, options)
     finally:
         for worker in scorers.values():
             worker.close()
-    show_scoring(record["scoring"], size)
-    record["goals"] = goals(record, options.family, size)
+    show_scoring(record["scoring"], f"{size} at {in_words(options.instructions)}")
+    record["goals"] = goals(record, options.family, size) + level_goals(record, size)
     show_goals(record["goals"])
     return record
 
@@ -431,16 +491,32 @@ def parse() -> argparse.Namespace:
     known = "; ".join(f"{family}: {', '.join(shapes)}" for family, shapes in SHAPES.items())
     parser.add_argument("--sizes", help=known)
     parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--engines", default=",".join(EXPORTS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--engines")
+    parser.add_argument("--rounds", type=int, help="7; 3 with --level, 1 with --quick")
+    parser.add_argument("--level", choices=LEVELS, help="instructions of all engines; 70m alone")
+    parser.add_argument("--quick", action="store_true", help="70m, few engines, one round")
     parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, help="128; 64 with --level, 16 with --quick")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output")
     options = parser.parse_args()
-    options.sizes = options.sizes or SIZES[options.family]
+    short = options.quick or options.level is not None
+    smallest = SIZES[options.family].split(",")[0]
+    options.sizes = options.sizes or (smallest if short else SIZES[options.family])
     ending = "" if options.family == "neox" else f"-{options.family}"
-    options.output = options.output or str(RESULTS / f"inference{ending}.json")
+    if options.level is not None:
+        ending += f"-{options.level}"
+    if not options.quick:
+        # A quick run is too noisy to be kept, unless it is asked for.
+        options.output = options.output or str(RESULTS / f"inference{ending}.json")
+    options.level = options.level or "as-is"
+    usual = (128, 7)
+    if short:
+        usual = (16, 1) if options.quick else (64, 3)
+    options.new = options.new or usual[0]
+    options.rounds = options.rounds or usual[1]
+    options.prefill = PREFILL[:2] if options.quick else PREFILL
+    options.engines = options.engines or ",".join(QUICK if options.quick else EXPORTS)
     options.batches = [int(batch) for batch in options.batches.split(",")]
     wanted = options.engines.split(",")
     options.engines = [name for name in wanted if available(name)]
@@ -456,12 +532,22 @@ def main() -> None:
         return
     options = parse()
     torch.set_num_threads(options.threads)
-    record: dict[str, Any] = {"machine": describe(), "missing": options.missing, "sizes": {}}
+    options.instructions = instructions(options.level)
+    print(f"level {options.level}: {in_words(options.instructions)}")
+    record: dict[str, Any] = {
+        "machine": describe(),
+        "level": options.level,
+        **options.instructions,
+        "missing": options.missing,
+        "sizes": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes.split(","):
             record["sizes"][size] = run_size(size, Path(folder), options)
     if options.missing:
         print(f"\nnot installed: {', '.join(options.missing)}")
+    if options.output is None:
+        return
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
 

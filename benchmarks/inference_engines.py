@@ -29,14 +29,17 @@ class Transformers:
     @torch.inference_mode()
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
-        ids = torch.tensor(prompts)
+        longest = max(map(len, prompts))
+        # Padded on the left, as generate reads them.
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
         options = {
             "max_new_tokens": new,
             "min_new_tokens": new,
             "do_sample": False,
             "pad_token_id": 0,
         }
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        out = self.model.generate(ids, attention_mask=mask, **options)
         assert out.shape[1] == ids.shape[1] + new
 
     @torch.inference_mode()
@@ -101,6 +104,11 @@ class OpenVino:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
+        if len({len(row) for row in prompts}) > 1:
+            # Its graph has no padding.
+            for row in prompts:
+                self.decode([row], new)
+            return
         request = self.engine.compiled.create_infer_request()
         rows = prompts
         known = 0
@@ -128,7 +136,8 @@ class Ours:
             llama()
         self.ready = resident_bytes()
         assert loading
-        self.model = castalia.load(folder)
+        # The numbers by their name are the arithmetic of decoding and scoring alike.
+        self.model = castalia.load(folder, dtype=numbers)
         self.engine = self.model.engine
         self.threads = torch.get_num_threads()
         if "gguf" in folder:
@@ -178,6 +187,7 @@ def serve(engine: str, folder: str, threads: int) -> None:
     hello = {
         "loaded": resident_bytes() - running.ready,
         "threads": getattr(running, "threads", threads),
+        "scores_in": getattr(getattr(running, "engine", None), "scoring", None),
     }
     print(json.dumps(hello), flush=True)
     for line in sys.stdin:

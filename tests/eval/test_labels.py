@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from castalia.eval.labels import facts_of_run, labels_of, origin_of, size_in
+from castalia.eval.labels import (
+    Arithmetic,
+    ahead,
+    arithmetic,
+    facts_of_run,
+    is_computed_so,
+    labels_of,
+    origin_of,
+    size_in,
+)
 from castalia.inference import LanguageModel, load
 from castalia.recipes import load_config
 from castalia.results import Labels, Result
@@ -43,7 +52,16 @@ def test_how_an_engine_computes_is_part_of_the_labels(run_folder: Path):
     exact = labels_of(step, load(step, engine="native", dtype="int8"))
     quick = labels_of(step, load(step, engine="native", dtype="auto"))
     assert (exact.engine, exact.dtype) == ("native", "int8")
-    assert (quick.engine, quick.dtype) == ("native", "int8, scored in bf16")
+    # Layers this small are not measured, so that auto scores as it decodes.
+    assert (quick.engine, quick.dtype) == ("native", "int8")
+    engine = load(step, engine="native", dtype="auto").engine
+    engine.scoring = "bf16"
+    assert arithmetic(engine) == "int8, scored in bf16"
+    assert ahead(str(step), Arithmetic("native", "auto")) == ("native", "auto")
+    for label in ("int8", "int8, scored in bf16", "auto"):
+        assert is_computed_so(label, "auto") and not is_computed_so(label, "auto, cache in bf16")
+    assert is_computed_so("int8, scored in fp32, cache in bf16", "auto, cache in bf16")
+    assert not is_computed_so("fp32", "auto") and not is_computed_so("int8, scored in bf16", "int8")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from castalia.eval.labels import Arithmetic, Labels, ahead
+from castalia.eval.labels import Arithmetic, Labels, ahead, is_computed_so
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import Expected
 from castalia.results import ResultsStore
@@ -74,7 +74,7 @@ class Found:
             for row in self.rows.get(subject.key, [])
             if row.engine == engine
             # An export's own dtype is known by its weights alone.
-            and (row.dtype == dtype if dtype else row.checkpoint_hash == weights)
+            and (is_computed_so(row.dtype, dtype) if dtype else row.checkpoint_hash == weights)
             # A table of a run in training has no hash of weights that were not saved yet.
             and (None in (weights, row.checkpoint_hash) or row.checkpoint_hash == weights)
         ]

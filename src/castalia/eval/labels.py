@@ -229,11 +229,16 @@ def ahead(path: str, how: Arithmetic) -> tuple[str, str | None]:
         return how.engine if engine is None else engine.name, None
     engine = engine_for(how.engine, how.dtype)
     words = [how.dtype or engine.dtypes[0]]
-    if engine is NativeEngine and words == ["auto"]:
-        words = ["int8", "scored in bf16"]
     if how.cache not in (None, *engine.caches[:1]):
         words.append(f"cache in {how.cache}")
     return engine.name, ", ".join(words)
+
+
+def is_computed_so(labelled: str | None, wanted: str) -> bool:
+    """Whether a label of a dtype is what `ahead` says; dtype=auto scores in what is fast here."""
+    if not wanted.startswith("auto"):
+        return labelled == wanted
+    return re.sub(r"^int8(, scored in \w+)?", "auto", labelled or "") == wanted
 
 
 def pinned(path: str | os.PathLike[str], origin: Origin, step: int | None) -> str:

@@ -340,7 +340,7 @@ def examine(
     if text is None or engine is None or not engine.is_installed():
         return None
     # Against `trained`, not the exported source: another form of GELU is a part of what the export
-    # changes. Naming the dtype measures the export's own arithmetic; auto would score in bf16.
+    # changes. Naming the dtype measures the export's own arithmetic; auto may score in another.
     return measure(
         engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(trained), text
     )

@@ -45,9 +45,9 @@ def load(
             checkpoint it takes native, whose text is torch's up to rounding, on a CPU where the
             compiled step exists and computes the model, else torch.
             dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and
-            scores in bf16; for openvino fp32 and int8. The default is what an export stores, for
-            engine=auto what a checkpoint has (fp32 or bf16), auto for native, int8 for openvino,
-            fp32 for torch.
+            scores in the fastest here of int8, bf16 and fp32; for openvino fp32 and int8. The
+            default is what an export stores, for engine=auto what a checkpoint has (fp32 or bf16),
+            auto for native, int8 for openvino, fp32 for torch.
             device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one, unless the engine is
             another than torch.
             cache: dtype of keys and values, for native fp32 (the default), bf16 or int8 with a
