@@ -30,15 +30,8 @@ from typing import Any, NamedTuple
 
 import inference_gpu
 import torch
-from inference_levels import (
-    LEVELS,
-    MIXED,
-    PREFILL,
-    environment,
-    in_words,
-    instructions,
-    level_goals,
-)
+from inference_levels import MIXED, PREFILL, describe_kernels, level_goals
+from levels import LEVELS, enter
 from machine import describe, in_turn, ratio, seconds, summary
 
 
@@ -154,7 +147,7 @@ GOALS = {
 class Worker:
     """The process of one engine, as seen from the parent."""
 
-    def __init__(self, engine: str, folder: Path, threads: int, level: str) -> None:
+    def __init__(self, engine: str, folder: Path, threads: int) -> None:
         script = Path(__file__).with_name("inference_engines.py")
         command = [sys.executable, str(script), engine, str(folder), str(threads)]
         self.process = subprocess.Popen(
@@ -163,7 +156,6 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment(level),
         )
         self.engine = engine
         self.peak = 0
@@ -431,11 +423,9 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     places, refused = write_models(options.family, size, folder, options.engines)
     for name, reason in refused.items():
         print(f"{size}: {name} is left out: {reason}")
-    workers = {
-        name: Worker(name, place, options.threads, options.level) for name, place in places.items()
-    }
+    workers = {name: Worker(name, place, options.threads) for name, place in places.items()}
     record: dict[str, Any] = {
-        "instructions": options.instructions,
+        "instructions": options.kernels["instructions"],
         "disk_bytes": {name: weight_bytes(place) for name, place in places.items()},
         "threads": {name: worker.hello["threads"] for name, worker in workers.items()},
         "scores_in": {name: worker.hello["scores_in"] for name, worker in workers.items()},
@@ -449,9 +439,9 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
             record["decoding"][str(batch)] = decoding
             for name, worker in workers.items():
                 record["memory"][name][f"batch {batch}"] = worker.peak
-            show_decoding(decoding, f"{size} at {in_words(options.instructions)}", batch)
+            show_decoding(decoding, f"{size} at {options.words}", batch)
         record["prefill"] = measure_prefill(workers, size, options)
-        show_prefill(record["prefill"], f"{size} at {in_words(options.instructions)}")
+        show_prefill(record["prefill"], f"{size} at {options.words}")
     finally:
         for worker in workers.values():
             worker.close()
@@ -463,16 +453,14 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         cells = "".join(f"{peak / 1e6:>13.0f}" for peak in record["memory"][name].values())
         print(f"{name:<20}{record['disk_bytes'][name] / 1e6:>9.1f}{cells}")
     scorers = {
-        name: Worker(name, places[name], options.threads, options.level)
-        for name in places
-        if name in SCORERS
+        name: Worker(name, places[name], options.threads) for name in places if name in SCORERS
     }
     try:
         record["scoring"] = measure_scoring(scorers, size, options)
     finally:
         for worker in scorers.values():
             worker.close()
-    show_scoring(record["scoring"], f"{size} at {in_words(options.instructions)}")
+    show_scoring(record["scoring"], f"{size} at {options.words}")
     record["goals"] = goals(record, options.family, size) + level_goals(record, size)
     show_goals(record["goals"])
     return record
@@ -532,12 +520,13 @@ def main() -> None:
         return
     options = parse()
     torch.set_num_threads(options.threads)
-    options.instructions = instructions(options.level)
-    print(f"level {options.level}: {in_words(options.instructions)}")
+    enter(options.level)
+    options.kernels = describe_kernels(options.level)
+    options.words = options.kernels["words"]
+    print(f"level {options.level}: {options.words}", flush=True)
     record: dict[str, Any] = {
         "machine": describe(),
-        "level": options.level,
-        **options.instructions,
+        **options.kernels,
         "missing": options.missing,
         "sizes": {},
     }

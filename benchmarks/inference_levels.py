@@ -1,43 +1,15 @@
-"""Instruction levels, rows of prefill, and what `auto` owes its peers, for benchmarks/inference.py.
+"""Rows of prefill, and what `auto` owes its peers at a level, for benchmarks/inference.py."""
 
-A level is variables of the environment that the processes of the engines get, so that one machine
-stands for others. llama.cpp has no such variable and always takes all instructions.
-"""
-
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from levels import describe_level, instructions
 from machine import ratio
 
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "CT2_FORCE_CPU_ISA": "AVX2",
-    "CASTALIA_ISA": "x86-64-v3",
-}
-VNNI = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "CASTALIA_ISA": "vnni"}
-LEVELS: dict[str, dict[str, str]] = {
-    "as-is": {},
-    "avx2": AVX2,
-    "vnni": VNNI,
-    "no-compiler": {"CASTALIA_CXX": "none", "CASTALIA_ISA": "none"},
-}
-"""Name of a level -> what the environment of its engines has beside the usual."""
-TELL = """
-import json
-from castalia.machine.instructions import caps, flags_of, level_of, processor_lines, usable
+from castalia.machine import this_machine
 from castalia.native import compiled
-flags = flags_of(processor_lines())
-step = compiled.level()
-print(json.dumps({"level": level_of(flags, caps()), "instructions": usable(flags, caps()),
-                  "compiled step": step, "caps": caps()}))
-"""
+
 PREFILL = (128, 512, 2000)
 """Tokens of the prompts whose first token is timed, one prompt at a time."""
 MIXED = (32, 480, 64, 300, 16, 200, 128, 400)
@@ -51,27 +23,11 @@ SCORERS_OF_GOAL = ("transformers fp32", "transformers bf16", "ct2 float32", "ct2
 BF16 = {"avx512_bf16", "amx_bf16"}
 
 
-def environment(level: str) -> dict[str, str]:
-    """The environment of the engines."""
-    return {**os.environ, **LEVELS[level]}
-
-
-def instructions(level: str) -> dict[str, Any]:
-    """What the engines may use: asked in a process of the level, as caps are read at a start."""
-    done = subprocess.run(
-        [sys.executable, "-c", TELL],
-        env=environment(level),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def in_words(found: Mapping[str, Any]) -> str:
-    """The instructions, to stand beside numbers."""
-    step = found["compiled step"] or "none"
-    return f"{found['level']} ({', '.join(found['instructions'])}); compiled step {step}"
+def describe_kernels(level: str) -> dict[str, Any]:
+    """The level, what kernels may use at it, and the level of the compiled step."""
+    step = compiled.level() or "none"
+    words = f"{instructions(this_machine())}; compiled step: {step}"
+    return describe_level(level) | {"compiled_step": step, "words": words}
 
 
 def best(rows: Mapping[str, Any], names: Iterator[str] | tuple[str, ...]) -> str | None:
@@ -103,7 +59,7 @@ def level_goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
         goals += auto_goals(f"{size} decoding, batch {batch}", rows, 1.0)
     for name, rows in record["prefill"].items():
         goals += auto_goals(f"{size} first token, {name}", rows, 1.0)
-    has_bf16 = not BF16.isdisjoint(record["instructions"]["instructions"])
+    has_bf16 = not BF16.isdisjoint(record["instructions"].split())
     wanted = 2.3 if has_bf16 else 1.2
     goals += auto_goals(f"{size} scoring", record["scoring"], wanted, SCORERS_OF_GOAL)
     share = record["decoding"].get("1", {}).get("native int8", {}).get("share_of_memory_limit")

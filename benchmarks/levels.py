@@ -18,11 +18,19 @@ LEVELS: dict[str, dict[str, str]] = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "CT2_FORCE_CPU_ISA": "AVX2",
         "CASTALIA_ISA": "x86-64-v3",
+    },
+    "vnni": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "CT2_FORCE_CPU_ISA": "AVX512",
+        "CASTALIA_ISA": "vnni",
     },
     "no-compiler": {"CASTALIA_CXX": "none", "CXX": "none"},
 }
-"""Name -> the variables of all processes of the benchmark."""
+"""Name -> the variables of all processes of the benchmark. llama.cpp has none: it always takes all
+instructions. vnni is an Ice Lake server, without instructions for bfloat16."""
 ENTERED = "CASTALIA_BENCHMARK_LEVEL"
 """Set in the process that runs at a level."""
 
