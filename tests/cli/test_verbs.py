@@ -91,7 +91,7 @@ def test_the_first_help_has_verbs_in_groups_and_no_python_types():
         ("ls", "use castalia runs [DIR]"),
         ("mixing report", "unknown verb 'mixing report'; use castalia report"),
         ("Resume", "use castalia train RUN"),
-        ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, prepare, show, lr-find"),
+        ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, doctor, prepare, show"),
     ],
 )
 def test_a_word_that_is_no_verb(command, words, says):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from castalia.core import compilers, native_code
 from castalia.core.levels import levels_here
@@ -16,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def team() -> ctypes.CDLL:
-    """team.cpp."""
+@pytest.fixture(scope="module", params=["its own", "torch's"])
+def team(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """team.cpp on threads of its own, and on those of torch."""
     compiler = compilers.chosen_compiler()
     assert compiler is not None
     level = next(level for level in levels_here() if level.has_code)
@@ -26,6 +27,9 @@ def team() -> ctypes.CDLL:
     loaded = native_code.load(code, "team")
     loaded.wrong_sums.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_int]
     loaded.wrong_sums.restype = ctypes.c_long
+    if request.param == "torch's":
+        torch.ones(1 << 20).sum()
+        native_code.lend_threads(loaded)
     return loaded
 
 

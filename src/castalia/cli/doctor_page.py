@@ -92,14 +92,14 @@ def machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     machine = found["machine"]
     cache = found["cache"]
     step = found["compiled_step"]
-    rate = machine["memory_rate"] / 1e9
+    rate = size_text(machine["memory_rate"])
     instructions = " ".join(machine["instructions"]) or "none that make products faster"
     cores = counted(machine["cores"], "core")
     threads = counted(machine["threads"], "thread")
     lines = [
         ("processor", f"{machine['processor']}, {cores}, {threads}"),
         ("instructions", f"{machine['level']}: {instructions}"),
-        ("memory", f"{size_text(machine['memory_bytes'])}, read at {rate:.1f} GB/s"),
+        ("memory", f"{size_text(machine['memory_bytes'])}, read at {rate} a second"),
         ("GPU", ", ".join(map(gpu_text, found["gpus"])) or "none"),
         ("compiled step", step_text(step)),
         ("cache", cache["folder"] + ("" if cache["writable"] else ", which cannot be written")),

@@ -96,6 +96,18 @@ def load(code: bytes, name: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
 
 
+def lend_threads(library: ctypes.CDLL) -> None:
+    """Let a library that includes threads.h compute on the threads of OpenMP that this process has.
+
+    Without OpenMP, as before torch is imported, the library starts threads of its own.
+    """
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if all(hasattr(process, name) for name in names):
+        functions = [ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in names]
+        library.castalia_lend_openmp(*functions)
+
+
 def in_memory(code: bytes, name: str) -> str:
     """Path of a file in memory with this content, which can be read while the process lives."""
     # Never closed: the loader knows libraries by their paths, and would take the next one that gets

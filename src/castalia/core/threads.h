@@ -7,6 +7,9 @@
 // for a moment, because a barrier of a decode step lasts about a microsecond and waking a thread costs fifty, and then
 // sleep, so that an idle process burns nothing and a busy machine gets its processors back. A child of fork() starts
 // teams of its own: threads do not survive a fork.
+//
+// Where the program has OpenMP's runtime already, as torch brings it, its threads are lent (lend_openmp): they spin
+// after every operator of torch, and threads of ours would have to share the processors with them.
 
 #pragma once
 #include <pthread.h>
@@ -176,6 +179,18 @@ static bool add_worker(Team &team) {
     return true;
 }
 
+struct OpenMP {  // functions of the program's runtime; null without one
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel, which libomp has too
+    int (*number)();                                                 // omp_get_thread_num
+    int (*count)();                                                  // omp_get_num_threads
+};
+
+static OpenMP lent = {};
+
+extern "C" void castalia_lend_openmp(void *parallel, void *number, void *count) {
+    lent = {(void (*)(void (*)(void *), void *, unsigned, unsigned))parallel, (int (*)())number, (int (*)())count};
+}
+
 struct Idle {  // teams that no call uses; never freed, because their threads may outlast everything
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     Team *first = nullptr;
@@ -188,6 +203,7 @@ static void before_fork() { pthread_mutex_lock(&idle_teams.lock); }
 static void after_fork() { pthread_mutex_unlock(&idle_teams.lock); }
 static void after_fork_in_child() {
     idle_teams.first = nullptr;
+    lent = {};
     pthread_mutex_unlock(&idle_teams.lock);
 }
 
@@ -223,6 +239,16 @@ static void give_back(Team *team) {
 
 template <class F> static void call(const Thread &thread, void *work) { (*(F *)work)(thread); }
 
+template <class F> struct LentWork {
+    Team *team;
+    F *work;
+};
+
+template <class F> static void enter(void *given) {  // one of OpenMP's threads; there may be fewer than were asked for
+    const LentWork<F> &mine = *(LentWork<F> *)given;
+    (*mine.work)(Thread{*mine.team, lent.number(), lent.count()});
+}
+
 // Run `work` on as many threads, the caller's among them; fewer where the system refuses more. `work` must not throw,
 // and whatever the threads share must be apart from Thread::count the same for any number of them.
 template <class F> static void team_run(int threads, F work) {
@@ -236,6 +262,14 @@ template <class F> static void team_run(int threads, F work) {
     if (!team) {
         Team alone;
         work(Thread{alone, 0, 1});
+        return;
+    }
+    if (lent.parallel) {
+        team->spin = threads > processors() ? SPIN_CROWDED : SPIN_IN_CALL;
+        team->ticket.store(0, __ATOMIC_RELAXED);
+        LentWork<F> both = {team, &work};
+        lent.parallel(enter<F>, &both, (unsigned)threads, 0);
+        give_back(team);
         return;
     }
     while (team->workers + 1 < threads && add_worker(*team)) {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.core.native_code import native_library
+from castalia.core.native_code import lend_threads, native_library
 from castalia.native.packing import PANEL, Packed
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -59,6 +59,7 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.castalia_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
     loaded.castalia_choose.argtypes = [Pointer, Pointer, Pointer, Pointer, ctypes.c_int]
     loaded.castalia_level.restype = ctypes.c_char_p
+    lend_threads(loaded)
     return loaded
 
 

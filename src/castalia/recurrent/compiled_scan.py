@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from castalia.core.native_code import native_library
+from castalia.core.native_code import lend_threads, native_library
 
 SOURCE = Path(__file__).with_name("selective_scan.cpp")
 CHUNK = 32
@@ -29,6 +29,7 @@ def scan_library() -> ctypes.CDLL | None:
     built.castalia_scan.argtypes = [pointer] * 11 + [ctypes.c_int]
     built.castalia_scan_backward.argtypes = [pointer] * 14 + [ctypes.c_int]
     built.castalia_scan_parts.restype = ctypes.c_int64
+    lend_threads(built)
     return built
 
 
