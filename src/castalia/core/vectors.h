@@ -46,18 +46,20 @@ typedef I::Part Integers;
 typedef Floats LooseFloats __attribute__((aligned(4)));  // at any address
 typedef Integers LooseIntegers __attribute__((aligned(1)));
 
+// Left to itself, a compiler calls some of these as functions, whose vectors go through memory.
+#define INLINE static inline __attribute__((always_inline))
 #define EACH_PART(Type, expression)                                                                                    \
     Type result;                                                                                                       \
     for (int i = 0; i < PARTS; i++) result.part[i] = expression;                                                       \
     return result;
 #define OPERATOR(sign)                                                                                                 \
-    template <class T> static inline Lanes<T> operator sign(Lanes<T> a, Lanes<T> b) {                                  \
+    template <class T> INLINE Lanes<T> operator sign(Lanes<T> a, Lanes<T> b) {                                         \
         EACH_PART(Lanes<T>, a.part[i] sign b.part[i])                                                                  \
     }                                                                                                                  \
-    template <class T> static inline Lanes<T> operator sign(Lanes<T> a, typename Lanes<T>::Number b) {                 \
+    template <class T> INLINE Lanes<T> operator sign(Lanes<T> a, typename Lanes<T>::Number b) {                        \
         EACH_PART(Lanes<T>, a.part[i] sign b)                                                                          \
     }                                                                                                                  \
-    template <class T, class B> static inline Lanes<T> &operator sign##=(Lanes<T> &a, B b) { return a = a sign b; }
+    template <class T, class B> INLINE Lanes<T> &operator sign##=(Lanes<T> &a, B b) { return a = a sign b; }
 OPERATOR(+)
 OPERATOR(-)
 OPERATOR(*)
@@ -66,33 +68,33 @@ OPERATOR(&)
 OPERATOR(^)
 #undef OPERATOR
 
-static inline V operator-(V a) { EACH_PART(V, -a.part[i]) }
-static inline V operator+(float a, V b) { return b + a; }
-static inline V operator/(float a, V b) { EACH_PART(V, a / b.part[i]) }
-static inline I operator<<(I a, int bits) { EACH_PART(I, a.part[i] << bits) }
-static inline I operator>>(I a, int bits) { EACH_PART(I, a.part[i] >> bits) }
-static inline V select_less(V a, V b, V yes, V no) {  // a < b ? yes : no
+INLINE V operator-(V a) { EACH_PART(V, -a.part[i]) }
+INLINE V operator+(float a, V b) { return b + a; }
+INLINE V operator/(float a, V b) { EACH_PART(V, a / b.part[i]) }
+INLINE I operator<<(I a, int bits) { EACH_PART(I, a.part[i] << bits) }
+INLINE I operator>>(I a, int bits) { EACH_PART(I, a.part[i] >> bits) }
+INLINE V select_less(V a, V b, V yes, V no) {  // a < b ? yes : no
     EACH_PART(V, a.part[i] < b.part[i] ? yes.part[i] : no.part[i])
 }
-static inline V larger(V a, V b) { return select_less(b, a, a, b); }
-static inline V all(float x) { return V{} + x; }
-static inline I all(int32_t x) { return I{} + x; }
-static inline V floats_in(I bits) { EACH_PART(V, (Floats)bits.part[i]) }  // the same bits
-static inline V to_floats(I a) { EACH_PART(V, __builtin_convertvector(a.part[i], Floats)) }
-static inline I to_integers(V a) { EACH_PART(I, __builtin_convertvector(a.part[i], Integers)) }
+INLINE V larger(V a, V b) { return select_less(b, a, a, b); }
+INLINE V all(float x) { return V{} + x; }
+INLINE I all(int32_t x) { return I{} + x; }
+INLINE V floats_in(I bits) { EACH_PART(V, (Floats)bits.part[i]) }  // the same bits
+INLINE V to_floats(I a) { EACH_PART(V, __builtin_convertvector(a.part[i], Floats)) }
+INLINE I to_integers(V a) { EACH_PART(I, __builtin_convertvector(a.part[i], Integers)) }
 
-static inline V load(const float *p) { EACH_PART(V, *(const LooseFloats *)(p + i * WIDTH)) }
-static inline I load_bytes(const void *p) {  // 64 bytes as they are
+INLINE V load(const float *p) { EACH_PART(V, *(const LooseFloats *)(p + i * WIDTH)) }
+INLINE I load_bytes(const void *p) {  // 64 bytes as they are
     EACH_PART(I, *(const LooseIntegers *)((const char *)p + i * REGISTER))
 }
-static inline void store(float *p, V v) {
+INLINE void store(float *p, V v) {
     for (int i = 0; i < PARTS; i++) *(LooseFloats *)(p + i * WIDTH) = v.part[i];
 }
 
 // Compilers build these two out of single lanes, so the instruction is named.
-static inline V widen(const float *p) { return load(p); }
+INLINE V widen(const float *p) { return load(p); }
 
-static inline V widen(const uint16_t *p) {  // 16 bfloat16 numbers
+INLINE V widen(const uint16_t *p) {  // 16 bfloat16 numbers
 #if defined(__AVX512F__)
     EACH_PART(V, (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p + i)), 16))
 #elif defined(__AVX2__)
@@ -104,7 +106,7 @@ static inline V widen(const uint16_t *p) {  // 16 bfloat16 numbers
 #endif
 }
 
-static inline V widen(const int8_t *p) {  // 16 bytes
+INLINE V widen(const int8_t *p) {  // 16 bytes
 #if defined(__AVX512F__)
     EACH_PART(V, (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p + i))))
 #elif defined(__AVX2__)
@@ -115,14 +117,14 @@ static inline V widen(const int8_t *p) {  // 16 bytes
 }
 #undef EACH_PART
 
-static inline V clamp(V x, float low, float high) {  // NaN stays NaN
+INLINE V clamp(V x, float low, float high) {  // NaN stays NaN
     x = select_less(x, all(low), all(low), x);
     return select_less(all(high), x, all(high), x);
 }
 
 // e^x within 2 units in the last place for x from -87.3 to 88, and beyond as at the nearer of the two. The polynomial
 // is Cephes' expf.
-static inline V exponential(V x) {
+INLINE V exponential(V x) {
     x = clamp(x, -87.3f, 88.0f);
     const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const V n = (x * 1.44269504f + magic) - magic;

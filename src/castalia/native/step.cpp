@@ -25,14 +25,14 @@ constexpr int BLOCK = REGISTER == 64 ? 8 : REGISTER == 32 || REGISTERS == 32 ? 4
 constexpr int GROUP = 32;  // inputs that share a scale in int4
 constexpr int AHEAD = 3072;  // bytes of weights between those in use and those that are fetched
 
-static inline float widen(uint16_t x) {
+INLINE float widen(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-static inline V error_function(V x) {  // Eigen's rational function: error below 5e-7
+INLINE V error_function(V x) {  // Eigen's rational function: error below 5e-7
     x = clamp(x, -4.0f, 4.0f);
     V square = x * x, over = all(-2.72614225801306e-10f), under = all(-1.45660718464996e-05f);
     const float above[] = {2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
@@ -196,7 +196,7 @@ enum After {  // numbers as ACTIVATIONS in fused.py
     PLAIN, ADD, GELU_TANH, GELU_ERF, RELU, RELU2, SOFTSIGN, SILU, MISH, SIGMOID
 };
 
-static inline V activate(V y, int after) {
+INLINE V activate(V y, int after) {
     if (after == GELU_TANH) return y / (1.0f + exponential(y * (y * y * 0.044715f + 1.0f) * -1.5957691216f));
     if (after == GELU_ERF) return y * 0.5f * (1.0f + error_function(y * 0.70710678f));
     if (after == RELU) return larger(y, all(0.0f));
@@ -212,7 +212,7 @@ static inline V activate(V y, int after) {
     return y;
 }
 
-static inline void place(float *to, V v, int64_t lanes) {
+INLINE void place(float *to, V v, int64_t lanes) {
     if (lanes == P) store(to, v);
     else memcpy(to, &v, lanes * sizeof(float));
 }
@@ -556,7 +556,7 @@ static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, 
 
 // Q queries that read one head of one slot: their y out of its keys and values.
 template <class T, int Q> static void attend(const Places &from, Query *query, int64_t D) {
-    constexpr int B = max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = max(1, min(4, 2 * SUMS / Q));
+    constexpr int B = max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = max(1, min(4, (REGISTERS == 32 ? 2 : 1) * SUMS / Q));
     int64_t start = query[0].start, end = query[0].end;
     for (int i = 1; i < Q; i++) {
         start = min(start, query[i].start);
@@ -846,7 +846,7 @@ struct Running {  // of a row, over the logits so far
     double sum;  // of exp(logit - base)
 };
 
-static inline float largest_of(V v) {
+INLINE float largest_of(V v) {
     float largest = v[0];
     for (int lane = 1; lane < P; lane++) largest = max(largest, v[lane]);
     return largest;

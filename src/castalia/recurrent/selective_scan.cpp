@@ -21,26 +21,26 @@ constexpr Long W = P;      // channels in a vector
 constexpr Long SHARES = 4;  // parts of the channels that threads take; fixed, so that sums have one order
 
 // The first `count` of 16 numbers, and zeros.
-static inline V load(const float *p, Long count) {
+INLINE V load(const float *p, Long count) {
     if (count >= W) return load(p);
     float numbers[W] = {};
     memcpy(numbers, p, count * sizeof(float));
     return load(numbers);
 }
 
-static inline void store(float *p, V v, Long count) {
+INLINE void store(float *p, V v, Long count) {
     if (count >= W) return store(p, v);
     memcpy(p, &v, count * sizeof(float));
 }
 
-static inline float sum(V v) {
+INLINE float sum(V v) {
     float total = 0;
     for (Long i = 0; i < W; i++) total += v[i];
     return total;
 }
 
 // exp(x) for x <= 88; 0 below -87.
-static inline V decay_of(V x) { return select_less(x, all(-87.0f), V{}, exponential(x)); }
+INLINE V decay_of(V x) { return select_less(x, all(-87.0f), V{}, exponential(x)); }
 
 // N numbers of each of `count` channels, (E, N) in memory, as N vectors.
 static void gather(V *into, const float *from, Long count, Long N) {
