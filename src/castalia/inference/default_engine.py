@@ -1,20 +1,16 @@
 """What `load` takes for a checkpoint if no engine is named: the fast engine with torch's text."""
 
-import json
-from contextlib import suppress
 from functools import cache
 
 import torch
 
-from castalia.core.errors import CastaliaError
-from castalia.core.files import write_json
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.native_engine import NativeEngine
 from castalia.native.compiled import library
 from castalia.native.kernels import is_fused
 from castalia.native.packing import Packed
-from castalia.native.tuning import CHANNELS_AT_MOST, measured, remembered
+from castalia.native.tuning import CHANNELS_AT_MOST, kernel_times
 
 EXACT = ("fp32", "bf16")
 """Storages of the native engine that hold weights of such a dtype as they are."""
@@ -78,12 +74,7 @@ def product_seconds(layers: list[Packed], storage: str, rows: int) -> float:
 @cache
 def layer_seconds(shape: tuple[int, int], storage: str, rows: int, threads: int) -> float:
     """Time of one product of the compiled step, measured once on a machine."""
-    path = remembered(shape, storage, ("compiled",), (rows,))
     # The head is measured on its first part.
     parts = max(1.0, shape[0] / CHANNELS_AT_MOST)
-    with suppress(OSError, ValueError, KeyError):
-        return parts * float(json.loads(path.read_text())["seconds"]["compiled"][0])
-    times = measured(shape, storage, ("compiled",), SECONDS, (rows,))
-    with suppress(CastaliaError):
-        write_json(path, {"kernel": "compiled", "rows": [rows], "seconds": times})
+    times = kernel_times(shape, storage, ("compiled",), SECONDS, (rows,))
     return parts * times["compiled"][0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
+from castalia.machine.measuring import has_onednn, onednn_product
 from castalia.models.quantizing import GROUP
 from castalia.native import compiled
 from castalia.native.packing import FLOATS, Packed, dense, quantized_rows
@@ -116,17 +117,6 @@ class Fp32(Dense):
 
     storages = ("fp32",)
     activations = "fp32"
-
-
-def has_onednn() -> bool:
-    """Whether torch has oneDNN's product for plain weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) by weight (N, K) of the same dtype, plus bias -> (..., N), computed by oneDNN."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
 
 
 @KERNELS.register("fp32_onednn")

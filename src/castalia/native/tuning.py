@@ -95,16 +95,27 @@ def fastest(
 
     The first of `names`, unless another is more than `margin` times as fast.
     """
+    return best_of(kernel_times(shape, storage, names, seconds, rows), margin)
+
+
+def kernel_times(
+    shape: tuple[int, int],
+    storage: str,
+    names: tuple[str, ...],
+    seconds: float,
+    rows: tuple[int, ...],
+) -> dict[str, tuple[float, ...]]:
+    """Time of each kernel at each number of rows, in seconds, from the cache folder if it is
+    there; of a layer with more than CHANNELS_AT_MOST channels, that of its first part."""
     path = remembered(shape, storage, names, rows)
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(path.read_text())["seconds"]
-        return best_of({name: tuple(stored[name]) for name in names}, margin)
+        return {name: tuple(stored[name]) for name in names}
     times = measured(shape, storage, names, seconds, rows)
-    best = best_of(times, margin)
-    # Without a cache folder the choice holds for this process.
+    # Without a cache folder the times hold for this process.
     with suppress(CastaliaError):
-        write_json(path, {"kernel": best, "rows": rows, "seconds": times})
-    return best
+        write_json(path, {"rows": rows, "seconds": times})
+    return times
 
 
 def best_of(times: Mapping[str, tuple[float, ...]], margin: float = 1.0) -> str:
