@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast test-all gpu lint bench clean
+.PHONY: install demo test test-fast test-all gpu lint docs bench clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every generated page of docs/. After a merge conflict in one of them: this, then `git add docs`.
+docs: install
+	$(BIN)/python -m castalia.pages docs
 
 bench: install
 	$(BIN)/python benchmarks/order.py

@@ -45,6 +45,7 @@ FLOORS = {
     "integrity": 15,  # asks every room whose files may be damaged
     "studies": 15,  # whole experiments, often over a suite: runs, measurements, a picture
     "demo": 15,
+    "pages": 16,  # pages of the documentation, from the docstrings of every room
     "terminal": 16,  # options, hints and progress, which the verbs share
     "cli": 17,
 }

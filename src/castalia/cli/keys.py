@@ -8,16 +8,6 @@ import typer
 if TYPE_CHECKING:
     from castalia.config.reference import Entry, Section
 
-PAGE = """\
-# Every key of a config
-
-This page is generated from the config classes by `castalia show --keys --markdown`. On the command
-line a key is set as `key=value`, in a file by nesting: `optim.lr=3e-4` is `optim: {lr: 3e-4}`.
-`castalia show --keys optim` prints one section, `castalia show CONFIG --all` the values of a
-config. [Configs](config.md) says how presets, files and overrides combine. A key marked *resume*
-may change when a run is resumed; any other key is fixed for the whole run.
-"""
-
 
 def print_keys(names: list[str], *, as_json: bool, markdown: bool) -> None:
     """Print the keys of the sections `names`, by default of all.
@@ -32,7 +22,9 @@ def print_keys(names: list[str], *, as_json: bool, markdown: bool) -> None:
         entries = [entry._asdict() for section in sections for entry in section.entries]
         typer.echo(json.dumps(entries, indent=2))
     elif markdown:
-        typer.echo("\n".join([PAGE, *map(markdown_section, sections)]), nl=False)
+        from castalia.pages.options import page_of
+
+        typer.echo(page_of(sections), nl=False)
     else:
         for section in sections:
             print_section(section)
@@ -93,23 +85,3 @@ def facts(entry: "Entry") -> str:
     if entry.at_resume:
         text += ", may change at a resume"
     return text
-
-
-def markdown_section(section: "Section") -> str:
-    """A section as a heading and a table."""
-    title = f"`{section.name}`" if section.name else "Keys of no section"
-    lines = [f"## {title}", ""]
-    if section.name:
-        lines += [section.text, ""]
-    lines += ["| key | values | default | |", "|---|---|---|---|"]
-    lines += [markdown_row(entry) for entry in section.entries]
-    return "\n".join([*lines, ""])
-
-
-def markdown_row(entry: "Entry") -> str:
-    """A key as a row of the table."""
-    text = f"{entry.text} *resume*" if entry.at_resume else entry.text
-    default = "required" if entry.default == "required" else f"`{entry.default}`"
-    cells = [f"`{entry.key}`", entry.values, default, text]
-    # A bar ends a cell, in code as well.
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
