@@ -24,6 +24,7 @@ from torch.distributed.pipelining import (
 
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.world import World
+from castalia.monitor.parts import BACKWARD, FORWARD, part
 
 ONE_STAGE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 """Schedules of one stage per rank."""
@@ -78,8 +79,18 @@ class Stage(PipelineStage):
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass of one micro-batch; the backward runs outside `around`, as autocast asks."""
-        with self.around():
+        with part(f"{FORWARD} stage {self.stage_index}"), self.around():
             return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Backward pass of one micro-batch, or its gradients by the input alone."""
+        with part(f"{BACKWARD} stage {self.stage_index}"):
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """The gradients by the weights, where a schedule computes them apart."""
+        with part(f"{BACKWARD} weights stage {self.stage_index}"):
+            return super().backward_weight_one_chunk(*args, **kwargs)
 
 
 class Pipeline:

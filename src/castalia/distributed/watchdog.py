@@ -33,6 +33,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from castalia.core.errors import TrainingError
 from castalia.distributed.world import World
+from castalia.monitor.parts import part
 
 DEFAULT_SECONDS = 600.0
 """Limit for several ranks when none is set; a single rank waits for nobody."""
@@ -92,7 +93,8 @@ class Watchdog:
         outer = (self.what, self.patience)
         self.beat(self.step, what, patience)
         try:
-            yield
+            with part(what):
+                yield
         finally:
             self.beat(self.step, *outer)
 

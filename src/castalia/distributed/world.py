@@ -22,6 +22,7 @@ from castalia.distributed.mesh import (
     make_expert_mesh,
     make_mesh,
 )
+from castalia.monitor.parts import COLLECTIVES, part
 
 
 def check_layout(config: ParallelConfig, size: int) -> None:
@@ -160,7 +161,8 @@ class World:
         """Sum of `values` over the ranks with different addends of the loss, in place and
         returned."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.parts)
+            with part(COLLECTIVES):
+                dist.all_reduce(values, group=self.parts)
         return values
 
     def agree(self, number: int) -> int:
@@ -168,7 +170,8 @@ class World:
         if self.size == 1:
             return number
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
-        dist.broadcast(shared, src=0)
+        with part(COLLECTIVES):
+            dist.broadcast(shared, src=0)
         return int(shared)
 
     def largest(self, *numbers: int) -> list[int]:
@@ -176,7 +179,8 @@ class World:
         if self.size == 1:
             return list(numbers)
         shared = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        with part(COLLECTIVES):
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
     def smallest(self, number: int) -> int:
@@ -193,13 +197,15 @@ class World:
         padding = [-1] * (most - len(mine))
         padded = torch.tensor([*mine, *padding], dtype=torch.int64, device=self.device)
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(gathered, padded)
+        with part(COLLECTIVES):
+            dist.all_gather(gathered, padded)
         return sorted({number for each in gathered for number in each.tolist() if number >= 0})
 
     def wait(self) -> None:
         """Return when every rank has called this."""
         if self.size > 1:
-            dist.barrier()
+            with part(COLLECTIVES):
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the process group."""

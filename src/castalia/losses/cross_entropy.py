@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from castalia.core.private_cache import keep_compiled_code_private
 from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
+from castalia.monitor.parts import HEAD, part
 
 LOG2_E = math.log2(math.e)
 BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
@@ -129,9 +130,15 @@ def losses_only(hidden: Tensor, weight: Tensor, labels: Tensor, plan: ChunkPlan)
     wide = weight.to(plan.dtype)
     rows = hidden.new_empty(len(hidden), dtype=torch.float32)
     for at in plan.chunks:
-        logits = hidden[at].to(plan.dtype) @ wide.T
+        logits = logits_of(hidden[at].to(plan.dtype), wide)
         _, rows[at], _ = to_gradient(logits, labels[at], plan.ignored, plan.compiled, plan.part)
     return rows
+
+
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits of one chunk, (N, C), (V, C) -> (N, V)."""
+    with part(HEAD):
+        return hidden @ weight.T
 
 
 def total_of(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -166,7 +173,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         for at in plan.chunks:
             h = hidden[at].to(dtype)
             gradient, rows[at], factor = to_gradient(
-                h @ wide.T, labels[at], plan.ignored, plan.compiled, plan.part
+                logits_of(h, wide), labels[at], plan.ignored, plan.compiled, plan.part
             )
             if weights is not None:
                 factor = factor * weights[at]

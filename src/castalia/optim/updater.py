@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from castalia.core.errors import ConfigError
+from castalia.monitor.parts import UPDATE, part
 from castalia.optim.base import Member, StateTensor
 from castalia.optim.config import OPTIMIZERS
 from castalia.optim.groups import Rules, UpdateRule
@@ -130,7 +131,8 @@ class Updater:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-        self.weights.step(self.optimizers.values(), self.updates)
+        with part(UPDATE):
+            self.weights.step(self.optimizers.values(), self.updates)
         self.updates += 1
 
     def zero_grad(self) -> None:

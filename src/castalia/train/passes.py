@@ -19,6 +19,7 @@ from castalia.losses import Loss, LossOut, Scored
 from castalia.models.families import family_of
 from castalia.models.offload import Offload
 from castalia.models.parts.dropout import row_draws
+from castalia.monitor.parts import BACKWARD, FORWARD, LOSS, NORM, part
 from castalia.runs.config import RunConfig
 from castalia.train.balance import Balance
 from castalia.train.precision import arithmetic
@@ -129,7 +130,8 @@ class Passes:
         draws = self.draws(batch, step)
         with self.around():
             scored = Scored.by(self.model, batch, compiled=self.compiled, draws=draws)
-            return self.loss(scored, batch)
+            with part(LOSS):
+                return self.loss(scored, batch)
 
     def train(
         self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float, step: int
@@ -140,9 +142,11 @@ class Passes:
             # Until the last one, gradients only add up locally.
             self.reduce_gradients_if(place == len(micro_batches) - 1)
             self.balance.set_padding(batch)
-            out = self.run_loss(self.on_device(batch), step)
+            with part(FORWARD):
+                out = self.run_loss(self.on_device(batch), step)
             # Scaling the total here gives every gradient its final size: no second pass over them.
-            (out.total * factor).backward()
+            with part(BACKWARD):
+                (out.total * factor).backward()
             sums.add(out, weights[place])
         # FSDP reduces what it shards; a parameter that is whole on every rank is left to us.
         sum_plain_gradients(self.model, self.world)
@@ -164,7 +168,8 @@ class Passes:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of the gradients, a float32 scalar."""
-        return gradient_norm(self.model)
+        with part(NORM):
+            return gradient_norm(self.model)
 
 
 class PipelinedPasses(Passes):
@@ -222,7 +227,7 @@ class PipelinedPasses(Passes):
 
     def run_loss_on(self, hidden: Tensor, batch: Batch) -> LossOut:
         """The loss of one micro-batch on the last stage's output."""
-        with self.around():
+        with part(LOSS), self.around():
             return self.loss(Scored(hidden, self.pipeline.last, compiled=self.compiled), batch)
 
     def train(
@@ -278,7 +283,8 @@ class PipelinedPasses(Passes):
 
     def gradient_norm(self) -> Tensor:
         """Over all stages. A parameter on two stages counts once."""
-        return gradient_norm(self.model, without=self.model.copies)
+        with part(NORM):
+            return gradient_norm(self.model, without=self.model.copies)
 
 
 def trimmed_multiple(config: RunConfig, world: World) -> int | None:

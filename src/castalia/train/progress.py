@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from castalia.data.batch import Batch
 from castalia.data.step_reader import PADDING_ROW
+from castalia.monitor.parts import DATA, part
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Clock:
     def wait_for(self, batches: Iterator[list[Batch]]) -> list[Batch]:
         """The next item of `batches`; with it a step begins."""
         self.began = time.perf_counter()
-        item = next(batches)
+        with part(DATA):
+            item = next(batches)
         # The loader works ahead in threads, so this is what the model really waited.
         self.waited = time.perf_counter() - self.began
         self.data += self.waited
