@@ -14,8 +14,8 @@ class CheckpointConfig(Config):
     steps: list[NonNegativeInt] = []
     """Steps to save, for instance 0, 1, 2, 4, ..., 512."""
     every: PositiveInt | None = 1000
-    """Save at each multiple of this number of steps; null saves only at `steps` and at the end."""
+    """Steps from one save to the next; null saves only at `steps` and at the end."""
     keep: PositiveInt | None = None
-    """Keep this many of the newest checkpoints, besides those in `steps`; null keeps all."""
+    """Newest checkpoints that are kept, besides those in `steps`; null keeps all."""
     asynchronous: bool = True
     """Write in the background; training waits only for the copy of the weights."""

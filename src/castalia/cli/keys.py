@@ -24,7 +24,7 @@ def print_keys(names: list[str], *, as_json: bool, markdown: bool) -> None:
     elif markdown:
         from castalia.pages.options import page_of
 
-        typer.echo(page_of(sections), nl=False)
+        typer.echo(page_of(names), nl=False)
     else:
         for section in sections:
             print_section(section)
@@ -78,10 +78,14 @@ def print_section(section: "Section") -> None:
 
 
 def facts(entry: "Entry") -> str:
-    """What a key takes, its default, and whether it may change."""
+    """What a key takes, its default, whether it may change, its unit, GPT-NeoX's names."""
     text = f"{entry.values}, default {entry.default}"
     if entry.default == "required":
         text = f"{entry.values}, required"
     if entry.at_resume:
         text += ", may change at a resume"
+    if entry.unit:
+        text += f", unit {entry.unit}"
+    if entry.neox:
+        text += f", GPT-NeoX {' '.join(entry.neox)}"
     return text

@@ -11,6 +11,8 @@ from pydantic_core import PydanticUndefined
 
 from castalia.config.changes import may_change
 from castalia.config.fields import kind_of, sections
+from castalia.config.neox_paths import neox_names
+from castalia.config.units import unit_of
 
 WORDS = {
     int: "integer",
@@ -37,6 +39,10 @@ class Entry(NamedTuple):
     """Its meaning, in one paragraph."""
     at_resume: bool
     """Whether it may change when a run is resumed."""
+    unit: str
+    """Unit of a number, as its docstring gives it; empty without one."""
+    neox: tuple[str, ...]
+    """GPT-NeoX's names for it."""
 
 
 class Section(NamedTuple):
@@ -124,7 +130,10 @@ def entry_of(root: type[BaseModel], key: str, field: FieldInfo) -> Entry:
     """The entry of one field."""
     # Only the chooser of a section whose docstring says all has none of its own.
     text = one_line(field.description) or "Name of the member that the section is for."
-    return Entry(key, values_of(field), default_of(field), text, may_change(root, key))
+    values = values_of(field)
+    unit = unit_of(text) if "integer" in values or "number" in values else ""
+    names = tuple(neox_names().get(key, ()))
+    return Entry(key, values, default_of(field), text, may_change(root, key), unit, names)
 
 
 def values_of(field: FieldInfo) -> str:

@@ -27,7 +27,8 @@ class CurriculumConfig(Config):
     steps: PositiveInt | None = None
     """Steps until longest is reached; null means train.steps."""
     length_step: PositiveInt = 8
-    """Lengths are multiples of this, rounded down: kernels are fastest on multiples of 8."""
+    """Tokens of which a length is a multiple, rounded down; kernels are fastest on multiples of
+    8."""
     root_degree: PositiveInt = 2
     """root only: 2 grows with the square root of the step."""
     lengths: list[PositiveInt] = []

@@ -197,7 +197,7 @@ class InsertConfig(InterventionConfig):
     rows: PositiveInt = 1
     """Rows of each step that get a document, drawn by seed and step."""
     every: PositiveInt = 1
-    """Insert in one step of so many, from `start` on."""
+    """Steps from one that gets documents to the next, from `start` on."""
     seed: NonNegativeInt = 0
     """Seed of the rows and of the places within them."""
     closed: bool = True

@@ -42,7 +42,7 @@ class EvalConfig(Config):
     sample_temperature: NonNegativeFloat = 0.0
     """Temperature of the samples; 0 is greedy."""
     sample_top_k: NonNegativeInt = 0
-    """Samples are drawn among so many most likely tokens; 0 is all."""
+    """Most likely tokens that samples are drawn among; 0 is all."""
     sample_seed: NonNegativeInt = 0
     """Seed of the samples, the same at every step."""
     validations: bool | None = None

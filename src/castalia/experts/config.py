@@ -16,7 +16,7 @@ class MoeConfig(Config):
     top_k: PositiveInt = 1
     """Experts that each token uses."""
     interval: PositiveInt = 1
-    """Every so many layers one has experts, beginning with the first; the others have one MLP."""
+    """Layers from one with experts to the next, from the first on; the others have one MLP."""
     expert_size: PositiveInt | None = None
     """Width inside an expert; null means that of the MLP."""
     bias: bool = False
@@ -47,13 +47,13 @@ class MoeConfig(Config):
     which is the same on any layout; pass, all of a rank's micro-batch, as in GPT-NeoX and
     DeepSpeed."""
     capacity_factor: PositiveFloat | None = None
-    """Most tokens of an expert in training, as a multiple of an equal share; tokens beyond it are
-    dropped. null drops nothing. With top_k 1 the tokens that stay are drawn, with 2 the second
-    expert is drawn by its score and the first tokens stay, with more the greatest scores, as in
-    DeepSpeed."""
+    """Factor of an equal share: an expert takes at most so many tokens in training, and tokens
+    beyond them are dropped. null drops nothing. With top_k 1 the tokens that stay are drawn, with
+    2 the second expert is drawn by its score and the first tokens stay, with more the greatest
+    scores, as in DeepSpeed."""
     eval_capacity_factor: PositiveFloat | None = None
-    """The same without gradients, and without draws; null drops nothing. What a token gets then
-    depends on later ones of its row."""
+    """Factor of an equal share without gradients, and without draws; null drops nothing. What a
+    token gets then depends on later ones of its row."""
     min_capacity: NonNegativeInt = 4
     """Tokens that an expert takes in any case."""
     shared_size: NonNegativeInt = 0

@@ -35,7 +35,7 @@ class PolicyConfig(LossConfig):
     temperature: PositiveFloat = 1.0
     """Divides the logits, where answers are drawn and in the loss."""
     top_k: NonNegativeInt = 0
-    """Draw from the k largest logits; 0 draws from all."""
+    """Tokens with the largest logits that an answer is drawn from; 0 draws from all."""
     top_p: NonNegativeFloat = Field(0.0, le=1.0)
     """Draw from the most likely tokens that together reach this probability; 0 and 1 draw from
     all."""

@@ -28,8 +28,8 @@ class ScheduleFreeConfig(OptimConfig):
     power: float = Field(0.0, ge=0)
     """Update n counts n ** power in the average."""
     lr_power: float = Field(2.0, ge=0)
-    """Updates count in the average by the largest rate so far to this power, so that those of the
-    warmup count little."""
+    """Power of the largest rate so far by which an update counts in the average, so that those of
+    the warmup count little."""
 
     @field_validator("betas")
     @classmethod

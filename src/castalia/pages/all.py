@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from castalia.core.errors import DataError
+from castalia.pages.neox import neox_page
 from castalia.pages.options import options_page
 
 PAGES: dict[str, Callable[[], str]] = {
     "options.md": options_page,
+    "gpt-neox-options.md": neox_page,
 }
 """Name of each generated page in docs/ -> its text."""
 

@@ -122,7 +122,7 @@ class TrainConfig(Config):
     """Passes over the training data; sets `steps` to those that they fill. Every pass has the same
     order."""
     exit_every: Annotated[PositiveInt | None, AT_RESUME] = None
-    """Save and end the process after every so many steps; the same command goes on."""
+    """Steps after which the run is saved and its process ends; the same command continues."""
     eval_every: Annotated[PositiveInt | None, AT_RESUME] = None
     """Steps between validations; null never validates during training."""
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
