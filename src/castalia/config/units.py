@@ -60,7 +60,7 @@ NOUNS = {
 }
 """A noun at the head of a docstring -> the unit of the number."""
 STATED = re.compile(
-    r"\bin (tokens|steps|rows|seconds|minutes|days|bytes|kB|MB|GB|KiB|MiB|GiB|TFLOP/s|nats|bits"
+    r"\bin (tokens|steps|rows|seconds|minutes|days|bytes|KiB|MiB|GiB|TFLOP/s|nats|bits"
     r"|percent)\b"
 )
 PREFIX = re.compile(r"^[a-z][\w, -]*: ")
