@@ -289,7 +289,11 @@ def test_bad_prompt_files(
     [
         (["--prompt", "a", "--temperature", "-1"], "temperature must be a number >= 0"),
         (["--prompt", "a" * 64], "the prompt has 64 tokens but the model reads at most 64"),
-        (["--prompt", "a", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (
+            ["--prompt", "a", "--dtype", "int9"],
+            "unknown dtype 'int9' for a checkpoint; choose one of fp32, bf16, fp16, auto, int8,"
+            " int4; did you mean 'int8'?",
+        ),
         (["--prompt", "a\udcffb"], "--prompt is not valid Unicode: character 1 is U+DCFF"),
         (["--prompt", "a", "--stop", "\ud83c"], "a stop string is not valid Unicode: character 0"),
         ([], "no prompt; give --prompt TEXT"),

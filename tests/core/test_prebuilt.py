@@ -31,16 +31,16 @@ def test_a_library_of_the_wheel_needs_no_compiler(
     record = json.dumps({"source": source_hash(source), "levels": facts})
     (tmp_path / PREBUILT.format("answer")).write_text(record)
     monkeypatch.setenv("CASTALIA_CXX", "none")
-    loaded = native_code.native_library(source, "the answer")
+    loaded = native_code.native_library(source, "the answer", "none is used")
     assert loaded is not None and loaded.answer() == 42
     # Loading it would end this process with SIGBUS.
     library.write_bytes(code[: len(code) // 2])
     with pytest.warns(UserWarning, match=r"\.so is damaged; install castalia again"):
-        assert native_code.native_library(source, "the answer") is None
+        assert native_code.native_library(source, "the answer", "none is used") is None
     library.write_bytes(code)
     monkeypatch.setenv("CASTALIA_ISA", "none")
-    assert native_code.native_library(source, "the answer") is None
+    assert native_code.native_library(source, "the answer", "none is used") is None
     monkeypatch.delenv("CASTALIA_ISA")
     # Somebody changed the source in place.
     source.write_text('extern "C" int answer() { return 43; }')
-    assert native_code.native_library(source, "the answer") is None
+    assert native_code.native_library(source, "the answer", "none is used") is None

@@ -88,7 +88,7 @@ def test_a_library_is_compiled_anew_where_the_cached_one_is_not_ours(tmp_path, m
     def answers() -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return native_code.native_library(source, "the answer").answer() == 42
+            return native_code.native_library(source, "the answer", "none is used").answer() == 42
 
     assert answers() and answers() and len(compiled) == 1
     (path,) = cache.iterdir()
@@ -97,14 +97,14 @@ def test_a_library_is_compiled_anew_where_the_cached_one_is_not_ours(tmp_path, m
     assert answers() and len(compiled) == 2
     cache.chmod(0o777)
     with pytest.warns(UserWarning, match=r"native is writable by others \(mode 777\); chmod go-w"):
-        assert native_code.native_library(source, "the answer").answer() == 42
+        assert native_code.native_library(source, "the answer", "none is used").answer() == 42
     assert len(compiled) == 3
     path.unlink()
     cache.rmdir()
     (tmp_path / "planted").mkdir()
     cache.symlink_to(tmp_path / "planted")
     with pytest.warns(UserWarning, match="native is a link or a file; remove it"):
-        assert native_code.native_library(source, "the answer").answer() == 42
+        assert native_code.native_library(source, "the answer", "none is used").answer() == 42
     assert len(compiled) == 4 and list((tmp_path / "planted").iterdir()) == []
     # Without files in memory, the copy is in a folder of its own.
     monkeypatch.delattr(os, "memfd_create")

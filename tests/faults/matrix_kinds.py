@@ -47,7 +47,7 @@ class Library(Consumer):
         os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
         status = 0
         try:
-            library = native_library(Path("tiny.cpp"), "the answer")
+            library = native_library(Path("tiny.cpp"), "the answer", "none is used")
             assert library is not None
             print(library.answer(), flush=True)
         except Exception:

@@ -43,7 +43,8 @@ def test_bf16_speaks_nearly_the_same(
     [
         (
             {"dtype": "int3"},
-            "unknown dtype 'int3' for engine=torch; choose one of fp32, bf16, fp16",
+            "unknown dtype 'int3' for a checkpoint; choose one of fp32, bf16, fp16, auto, int8,"
+            " int4",
         ),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"device": "cuda:99"}, "'cuda:99' does not exist"),

@@ -1,6 +1,7 @@
 """Packed weights and every kernel against plain products in float64."""
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from castalia.core import compilers, native_code
 from castalia.core.errors import ConfigError
 from castalia.core.levels import LEVELS, V3, Level, architecture, levels_here
+from castalia.data.compiled_order import order_library
 from castalia.distributed import initialize
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -27,6 +29,7 @@ from castalia.native.packing import (
 )
 from castalia.native.tuning import chosen
 from castalia.native.weights import packed_weights
+from castalia.recurrent.compiled_scan import scan_library
 
 ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
 """What a kernel's treatment of activations may change, against the largest output."""
@@ -165,11 +168,22 @@ def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CASTALIA_CXX", "none")
     assert compilers.chosen_compiler() is None
     assert compiled.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("library", "sentence"),
+    [
+        (compiled.library, "compiling the native kernels failed, so torch's are used"),
+        (scan_library, "compiling the scan of Mamba failed, so the scan in torch is used"),
+        (order_library, "compiling the shuffles of orders failed, so numpy's are used"),
+    ],
+)
+def test_a_compiler_that_fails_is_named_with_what_takes_over(
+    monkeypatch: pytest.MonkeyPatch, library: Any, sentence: str
+) -> None:
     monkeypatch.setenv("CASTALIA_CXX", "false")
-    with pytest.warns(
-        UserWarning, match="compiling the native kernels failed, so torch's are used"
-    ):
-        assert compiled.library.__wrapped__() is None
+    with pytest.warns(UserWarning, match=sentence):
+        assert library.__wrapped__() is None
 
 
 def test_a_kernel_is_chosen_for_every_shape_and_remembered(

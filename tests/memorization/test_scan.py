@@ -182,6 +182,7 @@ def test_what_cannot_be_scanned_is_said(run, whole, tmp_path, monkeypatch):
         (ConfigError, r"no such row.*0 to 95", ("8",), {"rows": "96:"}),
         (ConfigError, r"made with prompt 32 \(now 16\)", ("8",), {"prompt": 16, "output": whole}),
         (ConfigError, "unknown engine 'toch'; .*did you mean 'torch'", ("8",), {"engine": "toch"}),
+        (ConfigError, "'int9' for a checkpoint; .* int8, int4; did", ("8",), {"dtype": "int9"}),
     ]
     for error, message, steps, options in wrong:
         with pytest.raises(error, match=message):

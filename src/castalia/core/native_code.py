@@ -3,7 +3,8 @@
 Each source is compiled for each level of instructions (castalia.core.levels), and the best one that
 this machine has is loaded. A wheel carries all of them (see setup.py). Where the package has none,
 as in an editable installation, this level alone is built at first use by a compiler of
-castalia.core.compilers. Every caller has the same computation in torch, for machines with neither.
+castalia.core.compilers. Every caller has the same computation in torch or numpy, for machines with
+neither.
 
 Libraries that are built here are kept in a cache that only this user can write, under their
 SHA-256; castalia.core.prebuilt checks those of the wheel. A library is loaded from a copy in
@@ -30,8 +31,11 @@ FOLDER = "native"
 """The part of the cache folder that holds the machine code."""
 
 
-def native_library(source: Path, what: str) -> ctypes.CDLL | None:
-    """The functions of `source`; None, with a warning about `what`, where they cannot be built.
+def native_library(source: Path, what: str, instead: str) -> ctypes.CDLL | None:
+    """The functions of `source`; None, with a warning, where they cannot be built.
+
+    Takes   what: the functions, in the warning. instead: what computes in their place, such as
+            "torch's are used".
 
     None without a warning where there is neither a library in the package nor a compiler.
     Raises  ConfigError if CASTALIA_ISA names no level.
@@ -50,7 +54,7 @@ def native_library(source: Path, what: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
         warnings.warn(
-            f"compiling {what} failed, so torch's are used: {' '.join(reason)}", stacklevel=3
+            f"compiling {what} failed, so {instead}: {' '.join(reason)}", stacklevel=3
         )
         return None
 

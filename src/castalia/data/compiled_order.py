@@ -25,7 +25,7 @@ LARGEST = (1 << 32) - 1
 @functools.cache
 def order_library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be built."""
-    built = native_library(SOURCE, "the shuffles of orders")
+    built = native_library(SOURCE, "the shuffles of orders", "numpy's are used")
     if built is None:
         return None
     # Without types ctypes passes integers as 32 bits and cuts addresses.

@@ -178,6 +178,7 @@ def load_checkpoint(
 
     quick  engine=auto may be native for a checkpoint in floats.
     """
+    require_dtype(engine, dtype)
     chosen = engine_for(engine, dtype)
     by_default = quick and engine == "auto" and dtype is None
     if quick and engine == "auto" and chosen is TorchEngine:
@@ -205,8 +206,8 @@ def load_checkpoint(
     require_device(chosen, device)
     require_cache(chosen, cache)
     chosen.require_package()
-    if chosen.reads_checkpoints:
-        dtype = checked_dtype(chosen, dtype)
+    if chosen.reads_checkpoints and dtype is None:
+        dtype = chosen.dtypes[0]
     computing = prompted(chosen.from_checkpoint(source, dtype or "", device), source.prompt)
     if by_default and isinstance(computing, NativeEngine):
         # Activations stay in float32, as they do where torch computes a checkpoint in fp32.
@@ -248,16 +249,19 @@ def require_cache(engine: type[Engine], cache: str | None) -> None:
     )
 
 
-def checked_dtype(engine: type[Engine], dtype: str | None) -> str:
-    """The dtype that a checkpoint gets on an engine.
-
-    Raises  ConfigError if the engine does not have it.
-    """
-    if dtype is None:
-        return engine.dtypes[0]
-    if dtype not in engine.dtypes:
-        raise ConfigError(
-            f"unknown dtype {dtype!r} for engine={engine.name}; choose one of"
-            f" {', '.join(engine.dtypes)}{nearest(dtype, engine.dtypes)}"
-        )
-    return dtype
+def require_dtype(engine: str, dtype: str | None) -> None:
+    """Raises  ConfigError if the engine that `engine` means has no such dtype of a checkpoint."""
+    if engine == "auto":
+        # It becomes native for the dtypes that torch lacks.
+        dtypes = tuple(dict.fromkeys([*TorchEngine.dtypes, *NativeEngine.dtypes]))
+        name = "a checkpoint"
+    else:
+        dtypes = ENGINES[engine].dtypes
+        name = f"engine={engine}"
+    # Engines of exports alone have no dtypes, and say themselves what they read.
+    if dtype is None or not dtypes or dtype in dtypes:
+        return
+    raise ConfigError(
+        f"unknown dtype {dtype!r} for {name}; choose one of"
+        f" {', '.join(dtypes)}{nearest(dtype, dtypes)}"
+    )

@@ -9,7 +9,7 @@ from castalia.eval.labels import arithmetic
 from castalia.formats.saved_model import SavedModel, open_model
 from castalia.inference import LanguageModel, load
 from castalia.inference.exported import open_export
-from castalia.inference.loading import load_checkpoint
+from castalia.inference.loading import NATIVE_DTYPES, load_checkpoint, require_dtype
 from castalia.inference.native_engine import NativeEngine
 from castalia.inference.torch_engine import TorchEngine
 from castalia.memorization.native_reader import NativeReader
@@ -36,13 +36,16 @@ def load_readers(path: str, engine: str, dtype: str | None, device: str) -> Read
     """A checkpoint and its readers.
 
     Takes   as `castalia.load`; engine=auto is the compiled step in fp32 on a CPU, where there is
-            one for the model, else torch.
+            one for the model, native for dtypes that torch lacks, else torch.
     Raises  as `castalia.load`.
     """
     if engine != "auto" or open_export(Path(path), check=False) is not None:
         # The native engine's own default is int8, whose choices are others.
         numbers = dtype or ("fp32" if engine == "native" else None)
         return readers_of(load(path, engine=engine, dtype=numbers, device=device))
+    require_dtype("auto", dtype)
+    if dtype in NATIVE_DTYPES:
+        return readers_of(load(path, dtype=dtype, device=device))
     source = open_model(path)
     if dtype in (None, "fp32") and is_compiled(source, device):
         made = readers_of(load_checkpoint(source, "native", "fp32", device, None))

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
 
     Raises  ConfigError if CASTALIA_ISA names no level.
     """
-    built = native_library(SOURCE, "the native kernels")
+    built = native_library(SOURCE, "the native kernels", "torch's are used")
     return None if built is None else declared(built)
 
 

@@ -21,7 +21,7 @@ second cache."""
 @functools.cache
 def scan_library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be built."""
-    built = native_library(SOURCE, "the scan of Mamba")
+    built = native_library(SOURCE, "the scan of Mamba", "the scan in torch is used")
     if built is None:
         return None
     # Without types ctypes passes integers as 32 bits and cuts addresses.
