@@ -299,7 +299,11 @@ def places(
         ("{run} --tasks a --limit inf", 2, "--limit inf: expected a whole number of documents"),
         ("{run} --tasks bits_per_byte dtyp=int8", 2, "did you mean 'dtype'?"),
         ("{run} --tasks bits_per_byte engine=turbo", 2, "unknown engine 'turbo'; choose one of"),
-        ("{run} --tasks bits_per_byte dtype=int9", 2, "fp32, bf16, fp16, auto, int8, int4; did you"),
+        (
+            "{run} --tasks bits_per_byte dtype=int9",
+            2,
+            "fp32, bf16, fp16, auto, int8, int4; did you",
+        ),
         ("{bare} --tasks bits_per_byte --held-out x={text}", 2, "has token id 70, but the model's"),
         (
             "{ntk} --tasks bits_per_byte --held-out x={text} engine=native",

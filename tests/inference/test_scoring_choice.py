@@ -38,7 +38,7 @@ def made_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, flo
     times: dict[str, float] = {}
 
     def measured(shape: Any, storage: str, names: tuple[str, ...], *options: Any) -> Any:
-        return {name: (times[name],) for name in names}
+        return tuning.Timed({name: (times[name],) for name in names}, spread=0.0)
 
     monkeypatch.setattr(tuning, "measured", measured)
     monkeypatch.setattr(tuning, "LEAST_WEIGHTS", 1)

@@ -53,9 +53,7 @@ def native_library(source: Path, what: str, instead: str) -> ctypes.CDLL | None:
         return load(machine_code(source, compiler, level), source.stem)
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(
-            f"compiling {what} failed, so {instead}: {' '.join(reason)}", stacklevel=3
-        )
+        warnings.warn(f"compiling {what} failed, so {instead}: {' '.join(reason)}", stacklevel=3)
         return None
 
 

@@ -3,8 +3,12 @@
 A shape is measured at one row (decoding one text), at 8 (a batch) and at 32 (a prompt). Each layer
 gets one kernel, so that its weights exist once: the kernel with the smallest product of the three
 times. Whole texts are bound by arithmetic, so their kernel is measured apart, at many rows. The
-choice is stored in the user's cache folder under the processor, the threads, the caps on
+times are stored in the user's cache folder under the processor, the threads, the caps on
 instructions and the versions, so that a model computes the same numbers in every run.
+
+Other programs may disturb a measurement. If its best times did not repeat, it is stored as well,
+but the next processes measure again, until the times of one repeat or TRIES are made; the best of
+all count.
 """
 
 import functools
@@ -13,9 +17,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +46,26 @@ SECONDS = 1.0
 """Measuring time of all shapes of a model together."""
 CHANNELS_AT_MOST = 8192
 """A longer layer, which is the head, is measured on its first part."""
+STEADY = 0.15
+"""Spread of times above which a measurement was disturbed."""
+TRIES = 5
+"""Measurements after which the best times count, however disturbed they were."""
+
+
+class Timed(NamedTuple):
+    """What was measured for one shape."""
+
+    seconds: dict[str, tuple[float, ...]]
+    """Best time of each kernel at each number of rows."""
+    spread: float
+    """The largest of `spread_of` of all kernels and numbers of rows."""
+    tries: int = 1
+    """Measurements of which these are the best."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no further process is to measure."""
+        return self.spread <= STEADY or self.tries >= TRIES
 
 
 def chosen(layers: list[Packed], storage: str, names: str = "auto") -> dict[tuple[int, int], str]:
@@ -108,14 +133,33 @@ def kernel_times(
     """Time of each kernel at each number of rows, in seconds, from the cache folder if it is
     there; of a layer with more than CHANNELS_AT_MOST channels, that of its first part."""
     path = remembered(shape, storage, names, rows)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(path.read_text())["seconds"]
-        return {name: tuple(stored[name]) for name in names}
-    times = measured(shape, storage, names, seconds, rows)
+    before = stored_at(path, names)
+    if before is not None and before.is_final:
+        return before.seconds
+    now = measured(shape, storage, names, seconds, rows)
+    if before is not None:
+        now = better_of(before, now)
     # Without a cache folder the times hold for this process.
     with suppress(CastaliaError):
-        write_json(path, {"rows": rows, "seconds": times})
-    return times
+        write_json(path, {"rows": rows, **now._asdict()})
+    return now.seconds
+
+
+def stored_at(path: Path, names: tuple[str, ...]) -> Timed | None:
+    """The measurement that a file keeps; None if there is none, or it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored: dict[str, Any] = json.loads(path.read_text())
+        seconds = {name: tuple(stored["seconds"][name]) for name in names}
+        return Timed(seconds, float(stored["spread"]), int(stored["tries"]))
+    return None
+
+
+def better_of(before: Timed, now: Timed) -> Timed:
+    """The shorter times of two measurements: whatever else a machine does only lengthens them."""
+    seconds = {
+        name: tuple(map(min, times, before.seconds[name])) for name, times in now.seconds.items()
+    }
+    return Timed(seconds, min(before.spread, now.spread), before.tries + 1)
 
 
 def best_of(times: Mapping[str, tuple[float, ...]], margin: float = 1.0) -> str:
@@ -146,8 +190,8 @@ def measured(
     names: tuple[str, ...],
     seconds: float,
     sizes: tuple[int, ...],
-) -> dict[str, tuple[float, ...]]:
-    """Best time of each kernel at each number of rows in `sizes`, in seconds."""
+) -> Timed:
+    """Best time of each kernel at each number of rows in `sizes`, and whether it repeats."""
     channels = min(shape[0], CHANNELS_AT_MOST)
     inputs = shape[1]
     # Times do not depend on the numbers, so random ones stand for the weights.
@@ -155,17 +199,40 @@ def measured(
     weight = torch.randn(channels, inputs, generator=generator)
     layer = bare(pack(weight, None, storage))
     kernels = {name: make(name, layer) for name in names}
-    best = {name: [math.inf] * len(sizes) for name in names}
-    for at, rows in enumerate(sizes):
+    best: dict[str, list[float]] = {name: [] for name in names}
+    spread = 0.0
+    for rows in sizes:
         x = torch.randn(rows, inputs, generator=generator)
-        end = time.perf_counter() + seconds / len(sizes)
-        while True:
-            # The kernels take turns: a busy moment of the machine then slows all of them alike.
-            for name, kernel in kernels.items():
-                best[name][at] = min(best[name][at], seconds_of(kernel, x))
-            if time.perf_counter() > end:
-                break
-    return {name: tuple(times) for name, times in best.items()}
+        times = taken_in_turns(kernels, x, seconds / len(sizes))
+        for name in names:
+            best[name].append(min(times[name]))
+        spread = max(spread, *map(spread_of, times.values()))
+    return Timed({name: tuple(ones) for name, ones in best.items()}, spread)
+
+
+def taken_in_turns(
+    kernels: Mapping[str, Kernel], x: torch.Tensor, seconds: float
+) -> dict[str, list[float]]:
+    """Times of each kernel's products with `x`, in rounds for so many seconds."""
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    end = time.perf_counter() + seconds
+    while True:
+        # The kernels take turns: a busy moment of the machine then slows all of them alike.
+        for name, kernel in kernels.items():
+            times[name].append(seconds_of(kernel, x))
+        if time.perf_counter() > end:
+            return times
+
+
+def spread_of(times: Sequence[float]) -> float:
+    """How far a quarter of the times lie above the best, as a share of it: small if the best one
+    was met again and again, as undisturbed rounds are; 1 for a single time, which says nothing."""
+    if len(times) == 1:
+        return 1.0
+    ascending = sorted(times)
+    # Of up to four times the second: the best alone never confirms itself.
+    quarter = ascending[max(1, len(ascending) // 4)]
+    return quarter / ascending[0] - 1.0
 
 
 def seconds_of(kernel: Kernel, x: torch.Tensor) -> float:
