@@ -40,6 +40,7 @@ VERBS = (
     "view",
     "batches",
     "export",
+    "upload",
     "serve",
 )
 HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "yaml", "safetensors")

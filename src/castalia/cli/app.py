@@ -38,6 +38,7 @@ from castalia.cli import (
     trace,
     train,
     tuning,
+    upload,
     verify,
     view,
     viewing,  # noqa: F401  likewise
@@ -107,6 +108,7 @@ PANELS = {
         memorize.memorize,
         importing.import_,
         export.export,
+        upload.upload,
         serve.serve,
     ),
 }

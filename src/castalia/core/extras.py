@@ -52,6 +52,12 @@ EXTRAS = {
     "count": Extra("how often terms were read, castalia count", ("ahocorasick_rs", "regex")),
     "optim": Extra("more optimizers, fp8", ("pytorch-optimizer", "torchao")),
     "compiler": Extra("a compiler of the native step, where none is found", ("ziglang",)),
+    "tensorboard": Extra("curves for TensorBoard", ("tensorboard",)),
+    "wandb": Extra("curves on Weights & Biases", ("wandb",)),
+    "comet": Extra("curves on Comet", ("comet_ml",)),
+    "mlflow": Extra("curves on MLflow", ("mlflow-skinny",)),
+    "trackio": Extra("curves on Trackio", ("trackio",)),
+    "s3": Extra("checkpoints and tokens in S3 buckets", ("s3fs",)),
     "ray": Extra("tokenizing on a Ray cluster", ("ray",)),
 }
 """The extras of pyproject.toml but those for developers, in the order of use. `fast` is left out:

@@ -10,6 +10,7 @@ from castalia.export.quality import Quality, table
 from castalia.export.written import AUTO_CLASSES
 from castalia.formats.saved_model import SavedModel
 from castalia.models.flops import active_parameters, parameter_counts
+from castalia.models.model_config import ModelConfig
 from castalia.monitor.display import size_text
 
 
@@ -45,7 +46,7 @@ def write_card(
         "",
         "## Model",
         "",
-        *shape(source),
+        *shape(source.config),
         "",
         "## Provenance",
         "",
@@ -86,14 +87,14 @@ def quality_lines(quality: Quality | None) -> list[str]:
     return [words, "", *table(quality)]
 
 
-def shape(source: SavedModel) -> list[str]:
+def shape(config: ModelConfig) -> list[str]:
     """The parameter table."""
-    counts = parameter_counts(source.config)
+    counts = parameter_counts(config)
     rows = {
         "parameters": f"{counts.total:,}",
-        "active for a token": f"{active_parameters(source.config):,}",
+        "active for a token": f"{active_parameters(config):,}",
         "without embeddings": f"{counts.non_embedding:,}",
-        **source.config.facts(),
+        **config.facts(),
     }
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 

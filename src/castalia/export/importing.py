@@ -308,7 +308,7 @@ def write_card(
         "",
         "## Model",
         "",
-        *shape(source),
+        *shape(source.config),
         "",
         "## Provenance",
         "",

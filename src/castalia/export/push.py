@@ -163,22 +163,42 @@ class Hub:
                 something else.
         """
         revision = self.push.revision or step or MAIN
-        folder = Path(done.folder)
+        return asdict(self.send(contents(Path(done.folder)), revision, done.to, message_of(done)))
+
+    def send(self, local: Mapping[str, Local], revision: str, to: str, message: str) -> Pushed:
+        """Make the revision hold the files of an export to the format `to`, in one commit.
+
+        Raises  as `upload` does.
+        """
         with self.errors(), self.without_bars(), self.over_http():
             self.api.create_repo(self.push.repo, private=self.push.private or None, exist_ok=True)
             if revision != MAIN:
-                self.api.create_branch(self.push.repo, branch=revision, exist_ok=True)
+                self.create_branch(revision)
             there = self.files_there(revision)
             if not self.push.force:
-                self.require_own(there, revision, done.to)
-            local = contents(folder)
+                self.require_own(there, revision, to)
             kept = [name for name in local if is_there(name, local, there)]
-            stale = stale_weights(there, local, done.to)
+            stale = stale_weights(there, local, to)
             changed = {name: file for name, file in local.items() if name not in kept}
-            commit = self.commit(changed, stale, revision, message_of(done))
+            commit = self.commit(changed, stale, revision, message)
             self.require_arrived(local, revision)
-        pushed = Pushed(self.push.repo, revision, commit, list(changed), kept, stale)
-        return asdict(pushed)
+        return Pushed(self.push.repo, revision, commit, list(changed), kept, stale)
+
+    def create_branch(self, revision: str) -> None:
+        """Create a branch from the first commit of main, where it does not exist.
+
+        From the newest one it would show the weights of main under the name of another step until
+        its own commit arrives.
+        """
+        if revision in self.branches():
+            return
+        first = self.api.list_repo_commits(self.push.repo, revision=MAIN)[-1].commit_id
+        self.api.create_branch(self.push.repo, branch=revision, revision=first, exist_ok=True)
+
+    def branches(self) -> set[str]:
+        """The branches of the repository."""
+        refs = self.api.list_repo_refs(self.push.repo)
+        return {branch.name for branch in refs.branches}
 
     def commit(
         self, changed: Mapping[str, Local], stale: Sequence[str], revision: str, message: str
@@ -213,11 +233,7 @@ class Hub:
             return
         held = "files that are no export of Castalia"
         if RECORD in there:
-            with TemporaryDirectory() as folder:
-                self.api.hf_hub_download(
-                    self.push.repo, RECORD, revision=revision, cache_dir=folder, local_dir=folder
-                )
-                kind = read_record(Path(folder))["to"]
+            kind = self.record_there(revision)["to"]
             if kind == to:
                 return
             held = f"an export to {kind}"
@@ -225,6 +241,14 @@ class Hub:
             f"{self.push.repo}@{revision} holds {held}, and the upload to {to} would replace or"
             " delete some of it; name another repository or --revision, or use --force"
         )
+
+    def record_there(self, revision: str) -> dict[str, Any]:
+        """The export.json of a revision that has one."""
+        with TemporaryDirectory() as folder:
+            self.api.hf_hub_download(
+                self.push.repo, RECORD, revision=revision, cache_dir=folder, local_dir=folder
+            )
+            return read_record(Path(folder))
 
     def require_arrived(self, local: Mapping[str, Local], revision: str) -> None:
         """Raises  CastaliaError if the revision does not hold every file as it is here."""
@@ -312,13 +336,28 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def contents(folder: Path) -> dict[str, Local]:
     """What is uploaded of an export, by path; its record without the paths of this machine."""
+    record = public_record(folder)
+    # Hashed when they were written or when the export was found again, both just now.
+    files = {name: Local(folder / name, digest) for name, digest in record[HASHES].items()}
+    return files | {RECORD: local_record(record)}
+
+
+def public_record(folder: Path) -> dict[str, Any]:
+    """The record of an export without the paths of this machine."""
     record = read_record(folder)
     for key in ("folder", "checkpoint"):
         record[key] = Path(record[key]).name
-    # Hashed when they were written or when the export was found again, both just now.
-    files = {name: Local(folder / name, digest) for name, digest in record[HASHES].items()}
-    data = record_text(with_own_hash(record)).encode()
-    return files | {RECORD: Local(data, hashlib.sha256(data).hexdigest())}
+    return record
+
+
+def local_record(record: Mapping[str, Any]) -> Local:
+    """A record as the file that is sent, with its own hash."""
+    return local_bytes(record_text(with_own_hash(record)).encode())
+
+
+def local_bytes(data: bytes) -> Local:
+    """Bytes as a file that is sent."""
+    return Local(data, hashlib.sha256(data).hexdigest())
 
 
 def is_there(name: str, local: Mapping[str, Local], there: Mapping[str, Any]) -> bool:

@@ -87,16 +87,7 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
     if not (folder / RECORD).is_file():
         return None
     record = read_record(folder)
-    source, _ = expressed(open_model(checkpoint), spec.kind, spec.activation)
-    asked = {
-        "to": spec.kind.name,
-        "numbers": spec.numbers,
-        "source_sha256": source.hashes(),
-        "model": source.config.model_dump(mode="json"),
-    }
-    if any(record.get(key) != value for key, value in asked.items()):
-        return None
-    if any(record.get(name) != size for name, size in spec.sizes().items() if size is not None):
+    if not is_as_asked(record, checkpoint, spec):
         return None
     known = [field.name for field in fields(Exported) if field.name in record]
     done = Exported(**{name: record[name] for name in known} | {"folder": str(folder)})
@@ -107,6 +98,22 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
     if not keeps(done.certificate, "largest_difference", spec.max_difference):
         return None
     return done if hashes_of(folder) == record.get(HASHES) else None
+
+
+def is_as_asked(record: Mapping[str, Any], checkpoint: Path, spec: ExportSpec) -> bool:
+    """Whether a record is of an export of `checkpoint`, as it is now, with the options of
+    `spec`."""
+    source, _ = expressed(open_model(checkpoint), spec.kind, spec.activation)
+    asked = {
+        "to": spec.kind.name,
+        "numbers": spec.numbers,
+        "source_sha256": source.hashes(),
+        "model": source.config.model_dump(mode="json"),
+    }
+    if any(record.get(key) != value for key, value in asked.items()):
+        return False
+    sizes = spec.sizes().items()
+    return all(record.get(name) == size for name, size in sizes if size is not None)
 
 
 def keeps(measured: Mapping[str, Any] | None, key: str, bound: float | None) -> bool:

@@ -16,6 +16,7 @@ LAUNCH = "castalia launch CONFIG, which starts many processes, also through Slur
 RUNS = "castalia runs [DIR]"
 REPORT = "castalia report PATH..."
 RESULTS = "castalia results, which imports, asks and compares the numbers of evaluations"
+UPLOAD = "castalia upload RUN --repo OWNER/NAME"
 HUB = "the hub id of the model, hf://OWNER/NAME, with any verb that takes a model"
 
 WANTED = {
@@ -62,8 +63,8 @@ WANTED = {
     "quantize": EXPORT,
     "quantise": EXPORT,
     "save": EXPORT,
-    "upload": EXPORT,
-    "push": EXPORT,
+    "publish": UPLOAD,
+    "push": UPLOAD,
     "download": HUB,
     "pull": HUB,
     "models": PRESETS,
