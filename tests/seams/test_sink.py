@@ -86,7 +86,7 @@ def test_names_and_sections_mean_the_same_and_survive_the_file(config_of):
 
 def test_an_unknown_sink_gets_the_menu(config_of):
     with pytest.raises(
-        ConfigError, match=r"unknown sink 'toyy'; choose one of jsonl.*did you mean"
+        ConfigError, match=r"unknown sink 'toyy'; choose one of comet, jsonl.*did you mean"
     ):
         config_of("monitor.sinks=[toyy]")
 

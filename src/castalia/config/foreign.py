@@ -84,7 +84,7 @@ KEYS = {
 OURS = {name: key for key, names in KEYS.items() for name in names}
 """Another trainer's name -> our key."""
 
-SINKS = "metrics.jsonl is always written, and `castalia report` draws it"
+SINKS = "metrics.jsonl is always written; monitor.sinks=[wandb] sends it on"
 
 ABSENT = {
     "lora_dropout": "there are no adapters",
@@ -92,7 +92,7 @@ ABSENT = {
     "wandb_project": SINKS,
     "wandb_log": SINKS,
     "use_wandb": SINKS,
-    "tensorboard": SINKS,
+    "tensorboard": "metrics.jsonl is always written; monitor.sinks=[tensorboard] draws it",
     "resume": "the same command again resumes a run",
 }
 """Another trainer's name -> why no key stands for it."""

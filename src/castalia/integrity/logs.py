@@ -10,6 +10,8 @@ from castalia.checkpoint.names import step_name
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.log_lines import read_log, step_of
 from castalia.integrity.kinds import CheckedFile, unlisted
+from castalia.monitor.sinks.record import FOLDER as MONITORS
+from castalia.monitor.sinks.record import record_fault
 from castalia.results.store import FILE as RESULTS
 from castalia.results.store import ResultsStore
 from castalia.runs.folder import RECORD, recorded_faults
@@ -28,13 +30,16 @@ def check_files(path: Path) -> Iterator[CheckedFile]:
     logs = {path / name for name in LOGS} | set(path.glob(MIXTURES))
     logs |= {path / name for name in expected if "/" not in name}
     table = path / "evals" / RESULTS
+    records = set((path / MONITORS).glob("*.json"))
     inside = {file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")}
-    for file in sorted(inside | {log for log in logs if is_due(log, expected)} | {table}):
+    for file in sorted(inside | {log for log in logs if is_due(log, expected)} | {table} | records):
         if file in logs:
             yield checked_log(file, expected.get(file.name, {}).get("step"))
         elif file.name in faults and file.parent == path:
             fault = faults[file.name]
             yield CheckedFile(str(file), fault, f"SHA-256 in {RECORD}", size_of(file))
+        elif file in records:
+            yield CheckedFile(str(file), record_fault(file), "SHA-256 of its values", size_of(file))
         elif file == table:
             if table.is_file():
                 yield checked_table(table)

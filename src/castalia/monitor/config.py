@@ -21,4 +21,5 @@ class MonitorConfig(Config):
     """Where the numbers of each step go."""
 
     sinks: list[NamedSink] = [JsonlSink.Config()]
-    """Names of sinks, or sections of `kind` and options; jsonl is always written."""
+    """Names of sinks, or sections of `kind` and options; jsonl is always written, and the others
+    follow it without holding up the run."""

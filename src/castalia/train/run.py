@@ -12,6 +12,7 @@ from castalia.core.files import claimed
 from castalia.core.memory import keep_freed_memory
 from castalia.core.ranks import environment
 from castalia.distributed import World, peers_may_be_lost
+from castalia.monitor.sinks import require_libraries
 from castalia.runs.config import RunConfig
 from castalia.runs.folder import check_run_folder, write_run_folder
 from castalia.runs.named_hooks import named_hooks
@@ -57,6 +58,7 @@ def run(
     # Before the first allocation, which reads the allocator's options.
     keep_freed_memory()
     require_no_credentials(config)
+    require_libraries(config.monitor.sinks)
     # Before the process group, where one rank's error would leave the others waiting.
     check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)

@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from castalia.core.files import read_json
 from castalia.distributed import World
-from castalia.monitor.sinks import JsonlSink, Sink, make_sinks
+from castalia.monitor.sinks import About, JsonlSink, Sink, close_sinks, make_sinks
 from castalia.runs.config import RunConfig
+from castalia.runs.folder import HASHES, RECORD
 from castalia.runs.hook import Hook, Step
 from castalia.train.events import warn
 from castalia.train.mixture import PlannedMixture, StaticBlend
@@ -16,7 +18,7 @@ from castalia.train.resume import Checkpoints
 
 
 class Metrics(Hook):
-    """metrics.jsonl, one object a step, and the sinks that config.monitor names.
+    """metrics.jsonl, one object a step, and the sinks that config.monitor names, on rank 0.
 
     A validation or evaluation of the last step that was made up for has no next step: its numbers
     are added to the line of its own.
@@ -38,7 +40,8 @@ class Metrics(Hook):
         self.logs = checkpoints.logs
         # Every rank has the same numbers; one writes them.
         if world.leads:
-            self.sinks = make_sinks(config.monitor.sinks, Path(config.output))
+            folder = Path(config.output)
+            self.sinks = make_sinks(config.monitor.sinks, folder, about(config, folder), warn)
             for file in self.files:
                 self.logs.add(partial(getattr, file, "log"))
         self.begin(progress.step)
@@ -58,19 +61,29 @@ class Metrics(Hook):
 
     def begin(self, step: int) -> None:
         """Continue every sink after `step`, and say what was wrong with the lines before it."""
-        for file in self.files:
-            file.least = self.logs.least(file.path.name)
+        self.set_least()
         for sink in self.sinks:
             sink.start(step)
+        self.warn_of_damage()
+
+    def set_least(self) -> None:
+        """Let the file know how far the checkpoint relies on it."""
+        for file in self.files:
+            file.least = self.logs.least(file.path.name)
+
+    def warn_of_damage(self) -> None:
+        """Say what was wrong with the lines of the file."""
         for file in self.files:
             for text in file.told:
                 warn(text)
 
     def rolled_back(self, step: int) -> None:
         """Continue after the checkpoint's step."""
-        # Closed and opened again: only then does the file drop the steps that run again.
-        self.close()
-        self.begin(step)
+        self.set_least()
+        # The file is the first: the others follow it, and it drops the steps that run again.
+        for sink in self.sinks:
+            sink.restart(step)
+        self.warn_of_damage()
 
     def after_step(self, step: Step) -> None:
         """Write the step."""
@@ -78,6 +91,16 @@ class Metrics(Hook):
             sink.take(step.number, step.metrics)
 
     def close(self) -> None:
-        """Close the sinks."""
-        for sink in self.sinks:
-            sink.close()
+        """Close the sinks; those that are behind get the time that the config grants."""
+        close_sinks(self.sinks)
+
+
+def about(config: RunConfig, folder: Path) -> About:
+    """What services are told of a run."""
+    record = folder / RECORD
+    environment = {}
+    # `castalia train` writes it; a Trainer alone does not.
+    if record.is_file():
+        environment = read_json(record)
+        environment.pop(HASHES, None)
+    return About(folder.name, config.model_dump(mode="json"), environment)
