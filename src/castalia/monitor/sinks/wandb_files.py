@@ -16,7 +16,10 @@ from typing import Any
 BLOCK = 32768
 HEADER = 7
 """Bytes before a fragment, and before the first one of a file."""
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+WHOLE = 1
+FIRST = 2
+MIDDLE = 3
+LAST = 4
 
 
 def last_step_in(folder: Path, run: str) -> int | None:
