@@ -8,6 +8,7 @@ FLOORS = {
     "core": 0,
     "config": 1,
     "machine": 1,  # measured once, and read by whatever chooses by speed
+    "storage": 1,  # object stores by URL; under `data`, which reads ranges, and `checkpoint`
     "tokenizers": 1,  # read by `data` and by whatever has text
     "data": 2,
     "mixing": 2,

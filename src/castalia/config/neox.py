@@ -25,6 +25,7 @@ from castalia.config.neox_mup import MUP_RULES
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import TRAINING_RULES
 from castalia.config.neox_schedule import SCHEDULE_RULES
+from castalia.config.neox_storage import STORAGE_RULES
 from castalia.config.neox_train_impl import TRAIN_IMPL_RULES
 from castalia.core.errors import nearest
 
@@ -120,7 +121,8 @@ def read_neox(
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):
             options.put(out, option.path, options[name], name)
-    for keys, rule in [*LAYER_RULES, *TRAINING_RULES, *FILE_RULES, *TRAIN_IMPL_RULES, *LATER_RULES]:
+    rules = [*LAYER_RULES, *TRAINING_RULES, *FILE_RULES, *STORAGE_RULES]
+    for keys, rule in [*rules, *TRAIN_IMPL_RULES, *LATER_RULES]:
         if complete or any(options.has(key) for key in keys):
             rule(options, out)
     return out

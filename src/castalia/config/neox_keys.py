@@ -7,31 +7,9 @@ Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-d
         same file, 983-1045.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Honoured(NamedTuple):
-    """An option that sets something here."""
-
-    path: str
-    """Dotted key here, for hints and as the place of a plain value."""
-    kind: str
-    """Kind of value that GPT-NeoX expects: int, number, bool, str, list, dict."""
-    default: Any = None
-    """GPT-NeoX's value for a file that does not name it."""
-    plain: bool = False
-    """The value is copied to `path`; otherwise a rule in neox_rules.py or neox_files.py reads
-    it."""
-
-
-class Refused(NamedTuple):
-    """An option that changes results and does not exist here."""
-
-    harmless: tuple[Any, ...]
-    """Values that change nothing."""
-    hint: str
-    """What to do about it."""
-
+from castalia.config.neox_option import Honoured, Refused
 
 HONOURED: dict[str, Honoured] = {
     "num_layers": Honoured("model.num_layers", "int", plain=True),
@@ -215,6 +193,8 @@ HONOURED: dict[str, Honoured] = {
     "no_ssh_check": Honoured("launch.ssh_check", "bool", False),
     "account": Honoured("launch.slurm.account", "str", plain=True),
     "comment": Honoured("launch.slurm.comment", "str", plain=True),
+    "s3_path": Honoured("checkpoint.mirror.url", "str"),
+    "s3_chunk_size": Honoured("checkpoint.mirror.chunk", "int", 104857600),
 }
 
 ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotuning"}
@@ -283,7 +263,7 @@ IGNORED: dict[str, str] = {
         profile_step_start profile_step_stop steps_per_print wall_clock_breakdown dump_state
         flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
-        s3_path s3_chunk_size config_files checkpoint_validation_with_forward_pass no_save_optim
+        config_files checkpoint_validation_with_forward_pass no_save_optim
         no_save_rng checkpoint save_iters zero_allow_untested_optimizer""",
     "GPT-NeoX derives it and overwrites the value in the file": """
         world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter

@@ -154,8 +154,8 @@ def has_begun(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
 
 
-def require_same_run(config: RunConfig, path: Path) -> None:
-    """Compare with the config of the run in the folder.
+def require_same_run(config: RunConfig, path: Path, where: str | None = None) -> None:
+    """Compare with the config of the run in the folder, or of that whose copy is at `where`.
 
     A key that the folder's version did not have yet counts as its default.
     Raises  ConfigError listing the keys that differ and may not change.
@@ -171,12 +171,13 @@ def require_same_run(config: RunConfig, path: Path) -> None:
             differ.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
     if differ:
         raise ConfigError(
-            f"{path.parent} holds a run of another config ({'; '.join(differ)});"
-            " choose another output=, or remove that folder to start over"
+            f"{where or path.parent} holds a run of another config ({'; '.join(differ)});"
+            f" choose another {'checkpoint.mirror=' if where else 'output='}, or remove that folder"
+            " to start over"
         )
     # Allowed, but not always harmless: say what moves with the length.
     before = old.get("train.steps")
-    longer = by_length(config)
+    longer = [] if where else by_length(config)
     if before != config.train.steps and longer:
         print(
             f"note: train.steps is {config.train.steps} now and was {before}:"

@@ -21,6 +21,7 @@ from castalia.train.hooks import (
     Evaluate,
     Hook,
     Metrics,
+    MirrorRun,
     RecordMixture,
     Save,
     StepLine,
@@ -28,6 +29,7 @@ from castalia.train.hooks import (
     Validate,
     VerifyData,
 )
+from castalia.train.hooks.mirror import restore_run
 from castalia.train.machine_precision import offload_notes, precision_notes
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
@@ -68,6 +70,8 @@ def run(
             check_run_folder(config)
         # Two jobs in one folder would overwrite each other's checkpoints.
         with claimed(Path(config.output)) if world.leads else nullcontext():
+            # Before the config of the run is read for what it began with.
+            restore_run(config, world)
             all_hooks = [*standard_hooks(stopper), *named_hooks(config.hooks), *hooks]
             trainer = run_claimed(config, world, command, all_hooks, announced)
     conclude(trainer, stopper)
@@ -124,7 +128,8 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
 
     The order matters: validation and evaluation add to the metrics before they are written, and
     these before a checkpoint is, so that a resume never finds a step without its line. Damaged data
-    end the run before either.
+    end the run before either. The mirror ends after the last save, since the last of the list is
+    closed first.
     """
     return [
         stopper or StopOnSignal(),
@@ -134,6 +139,7 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
         RecordMixture(),
         Metrics(),
         StepLine(),
+        MirrorRun(),
         Save(),
     ]
 

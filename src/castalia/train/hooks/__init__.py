@@ -3,6 +3,7 @@
 from castalia.runs.hook import Hook, Step
 from castalia.train.hooks.evaluate import Evaluate
 from castalia.train.hooks.metrics import Metrics
+from castalia.train.hooks.mirror import MirrorRun
 from castalia.train.hooks.record_mixture import RecordMixture
 from castalia.train.hooks.save import Save
 from castalia.train.hooks.signals import StopOnSignal
@@ -14,6 +15,7 @@ __all__ = [
     "Evaluate",
     "Hook",
     "Metrics",
+    "MirrorRun",
     "RecordMixture",
     "Save",
     "Step",

@@ -1,0 +1,197 @@
+"""`Mirror`: the copy of a run in an object store, laid out as its folder is.
+
+URL/metrics.jsonl, config.yaml, samples/… the logs
+URL/checkpoints/step-00001000/…           a checkpoint; COMPLETE is sent last and deleted first
+URL/.mirror/step-00001000.json            what of an unfinished step is there, with its hashes
+URL/.mirror/logs.json                     the logs as they were sent last
+
+A step without COMPLETE does not exist, as in a run folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from castalia.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    completion_mark,
+    read_manifest,
+    read_regular,
+    reading,
+)
+from castalia.checkpoint.names import COMPLETE, STEP_NAME, step_name
+from castalia.core.errors import CastaliaError
+from castalia.core.sealed import Seal
+from castalia.storage import ObjectStore, StorageError
+
+CHECKPOINTS = "checkpoints"
+LEDGER = ".mirror"
+LOGS_RECORD = f"{LEDGER}/logs.json"
+STARTED = f"{LEDGER}/started"
+LOG_FOLDERS = ("samples", "evals")
+"""Folders of a run that are mirrored beside the files at its top."""
+LARGEST_JSON = 1 << 28
+"""Bytes above which a manifest is refused unread."""
+ATTEMPTS = 3
+"""Times that a log which grows or is rewritten meanwhile is read anew."""
+
+
+class Mirror:
+    """The copy of the run in `folder` below the URL of `store`."""
+
+    def __init__(self, store: ObjectStore, folder: Path) -> None:
+        self.store = store
+        self.folder = folder
+        self.sent_bytes = 0
+        self.kept_files = 0
+        """Files that were there already."""
+        self.sent_logs: dict[str, list[Any]] | None = None
+        """Size and SHA-256 of each log as the mirror has it; None until that is read."""
+
+    def __repr__(self) -> str:
+        return f"Mirror({self.store.url!r})"
+
+    def place(self, step: int) -> str:
+        """The name of a step's folder."""
+        return f"{CHECKPOINTS}/{step_name(step)}"
+
+    def steps(self) -> list[int]:
+        """The complete steps, ascending."""
+        found = []
+        for name in self.store.sizes(CHECKPOINTS):
+            *_, folder, file = ("", *PurePosixPath(name).parts)
+            match = STEP_NAME.fullmatch(folder)
+            if match and name == f"{CHECKPOINTS}/{folder}/{COMPLETE}" and file == COMPLETE:
+                found.append(int(match[1]))
+        return sorted(found)
+
+    def send_step(self, step: int, before_complete: Callable[[], object] = lambda: None) -> str:
+        """Send a complete local step and return its mark; files that are there are not sent again.
+
+        Takes   before_complete: called when all but COMPLETE is there.
+        Raises  StorageError; DamagedCheckpointError if the local step is not whole.
+        """
+        folder = self.folder / CHECKPOINTS / step_name(step)
+        # Under the lock of readers: no policy deletes the step meanwhile.
+        with reading(folder):
+            manifest = read_manifest(folder)
+            text = read_regular(folder / MANIFEST, LARGEST_JSON)
+            mark = completion_mark(text)
+            place = self.place(step)
+            present = self.store.sizes(place)
+            if f"{place}/{COMPLETE}" in present:
+                if self.store.read(f"{place}/{COMPLETE}") == mark:
+                    return mark.decode()
+                # Saved anew since: what is there must not count as whole while files change.
+                self.store.delete([f"{place}/{COMPLETE}"])
+            seals = {name: Seal(at.sha256, at.size) for name, at in manifest.files.items()}
+            self.send_files(folder, step, seals, present)
+            self.store.write(f"{place}/{MANIFEST}", text)
+            before_complete()
+            self.store.write(f"{place}/{COMPLETE}", mark)
+        self.store.delete([f"{LEDGER}/{step_name(step)}.json"])
+        return mark.decode()
+
+    def send_files(
+        self, folder: Path, step: int, seals: dict[str, Seal], present: dict[str, int]
+    ) -> None:
+        """Send the files of a step that are not there, and note each in the ledger."""
+        ledger = f"{LEDGER}/{step_name(step)}.json"
+        noted = self.read_json(ledger)
+        for name, seal in seals.items():
+            target = f"{self.place(step)}/{name}"
+            entry = [seal.size, seal.sha256]
+            # The ledger alone would miss an object that was deleted, the size alone a changed one.
+            if noted.get(name) == entry and present.get(target) == seal.size:
+                self.kept_files += 1
+                continue
+            try:
+                self.store.send(folder / name, target, seal)
+            except StorageError:
+                raise
+            except CastaliaError as error:
+                raise DamagedCheckpointError(str(error)) from error
+            self.sent_bytes += seal.size or 0
+            noted[name] = entry
+            self.store.write(ledger, json.dumps(noted).encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """An object of JSON; empty if it is missing or damaged, since it is only a note."""
+        try:
+            content = json.loads(self.store.read(name))
+        except StorageError as error:
+            if error.missing:
+                return {}
+            raise
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def send_logs(self) -> bool:
+        """Send the logs that changed; whether any did."""
+        if self.sent_logs is None:
+            self.sent_logs = self.read_json(LOGS_RECORD)
+        changed = False
+        for path in logs_of(self.folder):
+            name = path.relative_to(self.folder).as_posix()
+            seal = self.send_log(path, name, self.sent_logs.get(name))
+            if seal is not None:
+                self.sent_logs[name] = [seal.size, seal.sha256]
+                changed = True
+        if changed:
+            self.store.write(LOGS_RECORD, json.dumps(self.sent_logs).encode())
+        return changed
+
+    def send_log(self, path: Path, name: str, known: list[Any] | None) -> Seal | None:
+        """Send one log as it is now; what was sent, or None if the mirror has it."""
+        for left in range(ATTEMPTS - 1, -1, -1):
+            try:
+                # A log grows while it is read: the first bytes stay as they are.
+                seal = seal_of(path)
+                if known == [seal.size, seal.sha256]:
+                    return None
+                self.store.send(path, name, seal)
+            except FileNotFoundError:
+                return None
+            except StorageError:
+                raise
+            except CastaliaError:
+                # Rewritten between the two reads, as a rollback does.
+                if left == 0:
+                    raise
+                continue
+            self.sent_bytes += seal.size or 0
+            return seal
+        return None
+
+    def delete_step(self, step: int) -> None:
+        """Delete a step; from the first moment on it does not exist."""
+        place = self.place(step)
+        names = [name for name in self.store.sizes(place) if name != f"{place}/{COMPLETE}"]
+        self.store.delete([f"{place}/{COMPLETE}", *names, f"{LEDGER}/{step_name(step)}.json"])
+
+
+def logs_of(folder: Path) -> list[Path]:
+    """The logs of a run and the files that describe it; hidden files are somebody's work."""
+    places: list[Iterable[Path]] = [folder.iterdir()]
+    places += [(folder / name).rglob("*") for name in LOG_FOLDERS if (folder / name).is_dir()]
+    found = []
+    for place in places:
+        for path in place:
+            if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+                found.append(path)
+    return sorted(found)
+
+
+def seal_of(path: Path) -> Seal:
+    """Size and hash of a file as it is now."""
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size += len(piece)
+    return Seal(digest.hexdigest(), size)
