@@ -163,6 +163,7 @@ NO_PATHS = {
     "mixing.reference",  # the losses themselves, once they were read
     "mixing.target",
     "model.family",
+    "checkpoint.mirror.url",
     "data.split",
     "fp8.skip",
     "data.chat_roles",

@@ -2,7 +2,7 @@
 
 URL/metrics.jsonl, config.yaml, samples/… the logs
 URL/checkpoints/step-00001000/…           a checkpoint; COMPLETE is sent last and deleted first
-URL/.mirror/step-00001000.json            what of an unfinished step is there, with its hashes
+URL/.mirror/step-00001000.json            the files of a step that were sent, with their hashes
 URL/.mirror/logs.json                     the logs as they were sent last
 
 A step without COMPLETE does not exist, as in a run folder.
@@ -92,7 +92,6 @@ class Mirror:
             self.store.write(f"{place}/{MANIFEST}", text)
             before_complete()
             self.store.write(f"{place}/{COMPLETE}", mark)
-        self.store.delete([f"{LEDGER}/{step_name(step)}.json"])
         return mark.decode()
 
     def send_files(
@@ -133,7 +132,12 @@ class Mirror:
     def send_logs(self) -> bool:
         """Send the logs that changed; whether any did."""
         if self.sent_logs is None:
-            self.sent_logs = self.read_json(LOGS_RECORD)
+            recorded = self.read_json(LOGS_RECORD)
+            present = self.store.sizes()
+            # The record alone would miss an object that was deleted.
+            self.sent_logs = {
+                name: entry for name, entry in recorded.items() if present.get(name) == entry[0]
+            }
         changed = False
         for path in logs_of(self.folder):
             name = path.relative_to(self.folder).as_posix()
@@ -166,6 +170,10 @@ class Mirror:
             self.sent_bytes += seal.size or 0
             return seal
         return None
+
+    def distrust(self, step: int) -> None:
+        """Forget what of a step was sent: all of it is sent anew when it is saved anew."""
+        self.store.delete([f"{LEDGER}/{step_name(step)}.json"])
 
     def delete_step(self, step: int) -> None:
         """Delete a step; from the first moment on it does not exist."""

@@ -49,6 +49,7 @@ def restore(mirror: Mirror, say: Say) -> int | None:
         except DamagedCheckpointError as error:
             damages.append(str(error))
             say(f"castalia: warning: {error}; the next older step is taken")
+            mirror.distrust(step)
             continue
         fetch_logs(mirror)
         give_name(ready, folder / CHECKPOINTS / step_name(step))

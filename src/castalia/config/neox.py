@@ -18,10 +18,10 @@ from castalia.config.neox_keys import (
     NESTED_REFUSED,
     REFUSED,
     WHY,
-    Refused,
 )
 from castalia.config.neox_model import MODEL_RULES
 from castalia.config.neox_mup import MUP_RULES
+from castalia.config.neox_option import Refused
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import TRAINING_RULES
 from castalia.config.neox_schedule import SCHEDULE_RULES

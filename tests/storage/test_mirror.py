@@ -1,0 +1,322 @@
+"""A run and its mirror, on a real server of S3: killed, moved, corrupted, cut off."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.checkpoint import read
+from castalia.checkpoint.mirror import Mirror, logs_of
+from castalia.checkpoint.mirroring import Mirroring
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
+from castalia.data import IndexedDatasetWriter
+from castalia.recipes import load_config
+from castalia.runs.hook import Hook
+from castalia.storage import ObjectStore, StorageError, Transfer
+from castalia.storage.urls import file_system
+from castalia.train.run import run
+
+SMALL = (
+    *("debug", "model.num_layers=1", "model.hidden_size=32", "data.seq_length=16"),
+    *("train.batch_size=4", "train.steps=6", "checkpoint.every=2", "checkpoint.steps=[]"),
+)
+EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "rows_hash")
+KILL_IN_THE_UPLOAD = """
+import json, os, signal, threading
+from castalia.checkpoint.mirror import Mirror
+from castalia.train.hooks import Save
+sent = threading.Event()
+def send_step(self, step, logs, send=Mirror.send_step):
+    if step == 4:
+        write = self.store.write
+        def killed(name, content):
+            write(name, content)
+            if name.startswith(".mirror/step-") and len(json.loads(content)) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        self.store.write = killed
+    mark = send(self, step, logs)
+    sent.set()
+    return mark
+Mirror.send_step = send_step
+def after_step(self, step, save=Save.after_step):
+    save(self, step)
+    if step.number == 3:
+        assert sent.wait(60)
+    if step.number == 5:
+        threading.Event().wait(60)
+Save.after_step = after_step
+"""
+"""Kills the run once two files of step 4 are on the mirror."""
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Prefix of a token file of 40 documents of bytes."""
+    prefix = tmp_path_factory.mktemp("tokens") / "text"
+    random = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for size in random.integers(20, 300, 40):
+            writer.add(random.integers(97, 123, size))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def train(tokens):
+    """Callable that trains in this process."""
+
+    def start(output: Path, *overrides: str, hooks=()) -> None:
+        words = [*SMALL, f"data.train={tokens}", f"output={output}", *overrides]
+        run(load_config(words), ["castalia", "train", *words], hooks=hooks)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Six steps without a mirror or an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(output)
+    return output
+
+
+def lines(output: Path) -> list[dict]:
+    text = (output / "metrics.jsonl").read_text()
+    return [{key: json.loads(line)[key] for key in EXACT} for line in text.splitlines()]
+
+
+def require_same(output: Path, whole: Path) -> None:
+    """Both runs have the same steps and the same weights and optimizer, bit for bit."""
+    assert lines(output) == lines(whole)
+    ours, theirs = (read(run / "checkpoints/step-00000006", prefix="") for run in (output, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def steps_on(url: str) -> list[int]:
+    return Mirror(ObjectStore(url), Path("unused")).steps()
+
+
+class At(Hook):
+    """Calls a function after a step."""
+
+    def __init__(self, actions) -> None:
+        self.actions = actions
+
+    def after_step(self, step) -> None:
+        if step.number in self.actions:
+            self.actions[step.number]()
+
+
+@pytest.fixture(scope="module")
+def killed(link, new_bucket, whole, tokens, training_shell, tmp_path_factory):
+    """A run that was killed while step 4 went up, continued in its own folder; (folder, URL)."""
+    url = f"{new_bucket()}/runs/one"
+    output = tmp_path_factory.mktemp("killed") / "run"
+    words = [*SMALL, f"data.train={tokens}", f"output={output}", f"checkpoint.mirror={url}"]
+    code = f"import os; os.environ.update({link.environment!r})\n{KILL_IN_THE_UPLOAD}"
+    done = training_shell.castalia(["train", *words], 1, code)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    return output, url
+
+
+def test_a_kill_in_an_upload_leaves_no_half_step(killed, train, whole, tmp_path, capsys):
+    output, url = killed
+    assert steps_on(url) == [2]
+    store = ObjectStore(url)
+    half = {name for name in store.sizes("checkpoints") if "step-00000004" in name}
+    assert len(half) == 2
+    # Another machine goes on from what is whole there.
+    elsewhere = tmp_path / "run"
+    copy = tmp_path / "mirror"
+    shutil.copytree(output, tmp_path / "first")
+    fetch_all(store, copy)
+    train(elsewhere, f"checkpoint.mirror=file://{copy}")
+    out = capsys.readouterr().out
+    assert f"fetched step 2 and the logs from file://{copy}" in out and "resumed from" in out
+    require_same(elsewhere, whole)
+    assert steps_on(f"file://{copy}") == [2, 4, 6]
+
+
+def fetch_all(store: ObjectStore, folder: Path) -> None:
+    """All objects as files, so that two tests may go on from one state."""
+    for name, size in store.sizes().items():
+        store.fetch(name, folder / name, size)
+
+
+def test_the_same_command_sends_what_is_missing(killed, train, whole, capsys, link):
+    output, url = killed
+    train(output, f"checkpoint.mirror={url}")
+    out = capsys.readouterr().out
+    assert f"checkpoint.mirror: {url} has step 2, 4, 6; 2 sent now" in out
+    require_same(output, whole)
+    # A run that is done sends nothing that is there; a file that was lost there goes up again.
+    ObjectStore(url).delete(["checkpoints/step-00000002/COMPLETE", "metrics.jsonl"])
+    before = link.sent
+    train(output, f"checkpoint.mirror={url}")
+    sent = link.sent - before
+    model = (output / "checkpoints/step-00000002/model-00000.safetensors").stat().st_size
+    assert "has step 2, 4, 6; 1 sent now" in capsys.readouterr().out
+    assert sent < 3 * model
+    assert steps_on(url) == [2, 4, 6]
+
+
+def test_resume_elsewhere_finds_a_flipped_byte(killed, train, whole, tmp_path, capsys):
+    output, url = killed
+    train(output, f"checkpoint.mirror={url}")
+    name = "checkpoints/step-00000006/optim-00000.safetensors"
+    store = ObjectStore(url)
+    content = bytearray(store.read(name))
+    content[len(content) // 2] ^= 1
+    store.write(name, bytes(content))
+    elsewhere = tmp_path / "run"
+    capsys.readouterr()
+    train(elsewhere, f"checkpoint.mirror={url}")
+    captured = capsys.readouterr()
+    assert (
+        f"{url}/{name} is damaged: its SHA-256 is not the one of its save; the next older step is"
+        " taken" in captured.err
+    )
+    assert f"fetched step 4 and the logs from {url}" in captured.out
+    require_same(elsewhere, whole)
+    # The step was saved anew, and replaced the damaged one.
+    assert bytes(content) != store.read(name)
+
+
+def test_a_mirror_that_is_gone_for_a_while(link, new_bucket, train, whole, tmp_path, capsys):
+    url = new_bucket()
+
+    def back():
+        time.sleep(1.5)
+        link.set("open")
+
+    hook = At({2: lambda: link.set("gone"), 5: back})
+    options = f"{{url: {url}, retries: 0}}"
+    train(tmp_path / "run", f"checkpoint.mirror={options}", hooks=[hook])
+    captured = capsys.readouterr()
+    assert captured.err.count("checkpoint.mirror:") == 1
+    assert "the server does not answer" in captured.err and "training goes on" in captured.err
+    assert f"checkpoint.mirror: {url} is back and up to date" in captured.out
+    assert f"{url} has step 2, 4, 6" in captured.out
+    require_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("mode", ["hangs", "denies"])
+def test_a_mirror_that_stays_away(link, new_bucket, train, whole, tmp_path, capsys, mode):
+    url = new_bucket()
+    hook = At({1: lambda: link.set(mode)})
+    options = f"checkpoint.mirror={{url: {url}, retries: 0, wait: 0.5}}"
+    try:
+        train(tmp_path / "run", options, "checkpoint.keep=1", hooks=[hook])
+    finally:
+        link.set("open")
+    err = capsys.readouterr().err
+    assert f"not in {url}" in err and "the same command sends it" in err
+    assert steps_on(url) == []
+    # Steps that would have been deleted wait for the mirror, and are deleted once they are there.
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 3
+    train(tmp_path / "run", f"checkpoint.mirror={url}", "checkpoint.keep=1")
+    assert f"{url} has step 2, 4, 6; 3 sent now" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == [
+        "step-00000006"
+    ]
+    require_same(tmp_path / "run", whole)
+
+
+def test_what_a_start_refuses(link, new_bucket, train, tmp_path):
+    with pytest.raises(CheckpointError, match="bucket 'no-such-bucket' does not exist; create it"):
+        train(tmp_path / "run", "checkpoint.mirror=s3://no-such-bucket/a")
+    url = new_bucket()
+    options = f"checkpoint.mirror={{url: {url}, retries: 0}}"
+    try:
+        link.set("denies")
+        with pytest.raises(CheckpointError, match=r"refuses the credentials .*AWS_SECRET_ACCESS"):
+            train(tmp_path / "run", options)
+        # It may have steps, so that a run must not begin anew.
+        link.set("gone")
+        with pytest.raises(CheckpointError, match=r"the server does not answer .*=null to train"):
+            train(tmp_path / "run", options)
+    finally:
+        link.set("open")
+    assert not (tmp_path / "run/checkpoints").exists()
+    for word, said in (
+        ("s3://me:word@bucket/a", "must not hold a password"),
+        ("runs/copy", "is not a URL"),
+        ("nothing://a", "unknown protocol 'nothing'"),
+        ("s3://", "names no bucket"),
+        ("gs://bucket/a", "needs a package that is not installed"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            load_config([*SMALL, f"checkpoint.mirror={word}"])
+        assert "word@" not in str(caught.value)
+
+
+def test_another_run_is_refused_and_both_sides_keep(train, tmp_path, capsys):
+    url = f"file://{tmp_path}/mirror"
+    options = f"checkpoint.mirror={{url: {url}, keep: 2}}"
+    train(tmp_path / "run", options, "checkpoint.keep=1")
+    assert steps_on(url) == [4, 6]
+    names = {path.name for path in (tmp_path / "run/checkpoints").glob("step-*")}
+    assert names == {"step-00000006"}
+    with pytest.raises(ConfigError, match=rf"{url} holds a run of another config \(optim.lr"):
+        train(tmp_path / "other", options, "optim.lr=0.5")
+    # A copy of the folder is a run like any other.
+    again = load_config([f"{tmp_path}/mirror/config.yaml"])
+    assert again.checkpoint.mirror is not None and again.checkpoint.mirror.url == url
+
+
+def test_the_newest_step_goes_first_and_a_damaged_one_never(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    damaged = run / "checkpoints/step-00000004/model-00000.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    mirror = Mirror(ObjectStore(f"file://{tmp_path}/mirror"), run)
+    warnings: list[str] = []
+    mirroring = Mirroring(
+        mirror, expired=lambda steps: [], hold=1, say=lambda text: None, warn=warnings.append
+    )
+    assert mirroring.waiting() == [6, 4, 2]
+    # Before anything is there, one step is held and the older one goes.
+    assert mirroring.spare([2, 4]) == [2]
+    assert "step 2 is deleted here before it is mirrored" in warnings.pop()
+    mirroring.round(with_logs=True)
+    assert mirroring.sent == [6, 2] and mirror.steps() == [2, 6]
+    (warning,) = warnings
+    assert "step 4 is not mirrored" in warning and "SHA-256 differs" in warning
+    assert mirroring.spare([2, 4]) == [2, 4]
+
+
+def test_which_files_are_logs(tmp_path):
+    for name in ("metrics.jsonl", "samples/step2.json", ".claim", "exports/a", "data/text.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    names = [path.relative_to(tmp_path).as_posix() for path in logs_of(tmp_path)]
+    assert names == ["metrics.jsonl", "samples/step2.json"]
+
+
+def test_a_large_file_goes_in_parts_or_not_at_all(link, new_bucket, tmp_path):
+    url = new_bucket()
+    store = ObjectStore(url, Transfer(chunk=5 << 20, retries=0))
+    from castalia.checkpoint.mirror import seal_of
+
+    path = tmp_path / "large"
+    path.write_bytes(np.random.default_rng(0).bytes(12 << 20))
+    seal = seal_of(path)
+    store.send(path, "a/large", seal)
+    assert store.facts("a/large").tag.endswith("-3")
+    store.fetch("a/large", tmp_path / "back", seal.size)
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
+    with pytest.raises(CastaliaError, match="its SHA-256 differs; it is not sent"):
+        store.send(path, "a/other", seal._replace(sha256="0" * 64))
+    assert list(store.sizes()) == ["a/large"]
+    with pytest.raises(StorageError, match="it does not exist") as caught:
+        store.read("a/other")
+    assert caught.value.missing and not caught.value.passing
+    store.delete(["a/large", "a/never"])
+    assert store.sizes() == {} and file_system("s3").find(url) == []
