@@ -25,17 +25,16 @@ class MirrorConfig(Config):
     """Place of the copy: s3://BUCKET/PREFIX, file:///FOLDER or another URL of fsspec. Credentials
     come from the environment alone."""
     rate: PositiveFloat | None = None
-    """Most MiB a second that are sent; null sends as fast as it goes."""
+    """Rate at which files are sent at most, in MiB a second; null sends as fast as it goes."""
     chunk: float = Field(64.0, ge=5)
-    """MiB of a part of a large file; one part is in memory at a time."""
+    """Size of a part of a large file, in MiB; one part is in memory at a time."""
     keep: PositiveInt | None = None
-    """Keep this many of the newest checkpoints there, besides those in checkpoint.steps; null keeps
-    all."""
+    """Newest checkpoints that are kept there, besides those in checkpoint.steps; null keeps all."""
     retries: NonNegativeInt = 4
-    """Further attempts of a request before the mirror counts as gone, and is tried again later."""
+    """Times that a request is repeated before the mirror counts as gone, and is tried later."""
     hold: NonNegativeInt = 2
-    """Most checkpoints that checkpoint.keep would delete here and that stay until they are
-    mirrored."""
+    """Checkpoints that stay here until they are mirrored though checkpoint.keep would delete them;
+    at most so many."""
     wait: NonNegativeFloat = 600.0
     """Seconds that the end of the run waits for what is not there yet."""
 
