@@ -14,8 +14,8 @@ from castalia.config.neox_keys import (
     NESTED_REFUSED,
     REFUSED,
     WHY,
-    Refused,
 )
+from castalia.config.neox_option import Refused
 from castalia.config.neox_paths import nested_path
 from castalia.pages.markdown import anchor, code, counted, table
 from castalia.pages.neox_arguments import GROUPS, OLDER
