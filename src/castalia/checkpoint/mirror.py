@@ -62,9 +62,9 @@ class Mirror:
         """The complete steps, ascending."""
         found = []
         for name in self.store.sizes(CHECKPOINTS):
-            *_, folder, file = ("", *PurePosixPath(name).parts)
-            match = STEP_NAME.fullmatch(folder)
-            if match and name == f"{CHECKPOINTS}/{folder}/{COMPLETE}" and file == COMPLETE:
+            path = PurePosixPath(name)
+            match = STEP_NAME.fullmatch(path.parent.name)
+            if match and str(path) == f"{CHECKPOINTS}/{path.parent.name}/{COMPLETE}":
                 found.append(int(match[1]))
         return sorted(found)
 
