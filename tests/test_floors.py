@@ -24,6 +24,7 @@ FLOORS = {
     "cost": 4,
     "losses": 4,  # sums over a batch; know the model, not the loop
     "optim": 4,  # optimizers and schedules; know parameters by name, not the loop
+    "telemetry": 5,  # measures models, optimizers and passes; knows no loop
     "adapters": 4,  # modules over a model; under `formats`, which merges them into its weights
     "corpora": 5,  # built with `corpus.prepare`, and by `train` for a config that names one
     "formats": 5,  # other programs' files; `checkpoint` is our own store

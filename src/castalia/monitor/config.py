@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from castalia.config.base import Config
 from castalia.config.kinds import Kind
 from castalia.monitor.sinks import SINKS, JsonlSink, SinkConfig
+from castalia.monitor.statistics_config import StatisticsConfig
 
 
 def read_name(value: Any) -> Any:
@@ -17,8 +17,8 @@ def read_name(value: Any) -> Any:
 NamedSink = Annotated[SinkConfig, Kind(SINKS, "jsonl"), BeforeValidator(read_name)]
 
 
-class MonitorConfig(Config):
-    """Where the numbers of each step go."""
+class MonitorConfig(StatisticsConfig):
+    """Where the numbers of each step go, and what is measured beside them."""
 
     sinks: list[NamedSink] = [JsonlSink.Config()]
     """Names of sinks, or sections of `kind` and options; jsonl is always written, and the others

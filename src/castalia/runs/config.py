@@ -52,6 +52,7 @@ from castalia.runs.problems import (
     start_problems,
     width_problems,
 )
+from castalia.runs.statistics_problems import statistics_problems
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
 
@@ -232,6 +233,7 @@ class RunConfig(Config):
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         problems += curriculum_problems(self)
         problems += ramp_problems(self)
+        problems += statistics_problems(self)
         if problems:
             raise ProblemsError(problems)
         return self

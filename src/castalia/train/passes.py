@@ -57,6 +57,8 @@ class Passes:
         self.drops = config.model.drops or adapter_of(config.adapter).drops(config.adapter)
         self.multiple = trimmed_multiple(config, world)
         self.balance = Balance(model, config.model, world)
+        # See castalia.telemetry.step_passes.
+        self.after_first: Callable[[], None] | None = None
         self.reference: FillsReference | None = None
         self.offload: Offload | None = None
         # On a CPU activations are in its memory already; see the notes at the start.
@@ -148,6 +150,8 @@ class Passes:
             with part(BACKWARD):
                 (out.total * factor).backward()
             sums.add(out, weights[place])
+            if self.after_first is not None:
+                self.after_first()
         # FSDP reduces what it shards; a parameter that is whole on every rank is left to us.
         sum_plain_gradients(self.model, self.world)
         sums.experts += self.balance.take()

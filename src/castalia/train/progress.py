@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from castalia.data.batch import Batch
 from castalia.data.step_reader import PADDING_ROW
 from castalia.monitor.parts import DATA, part
+from castalia.telemetry.times import Times
+from castalia.train.rate import ModelRate
 
 
 @dataclass
@@ -60,10 +62,15 @@ class Clock:
     """Seconds of waiting for data in the current step."""
     began: float = field(default_factory=time.perf_counter)
     """When the current step began."""
+    times: Times = field(default_factory=Times)
+    """Times by part of a step, of the steps that are measured."""
+    rate: ModelRate | None = None
+    """What tokens per second are in FLOP/s."""
 
-    def wait_for(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """The next item of `batches`; with it a step begins."""
+    def wait_for(self, batches: Iterator[list[Batch]], step: int = 0) -> list[Batch]:
+        """The next item of `batches`; with it the step of that number begins."""
         self.began = time.perf_counter()
+        self.times.begin(step)
         with part(DATA):
             item = next(batches)
         # The loader works ahead in threads, so this is what the model really waited.
@@ -78,12 +85,16 @@ class Clock:
                step's rows to the end of its update, and of that wait alone. Validations and saves
                are outside of the step.
         """
-        seconds = time.perf_counter() - self.began
+        times = self.times.end()
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        rates = {} if self.rate is None else self.rate.metrics(tokens / seconds)
         return {
             "time": round(time.time(), 3),
             "step_seconds": round(seconds, 6),
             "data_seconds": round(self.waited, 6),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "tokens_per_second": round(tokens / seconds, 1),
+            **rates,
+            **times,
         }
 
 

@@ -135,8 +135,8 @@ class Checkpoints:
             return None
         step, saved = loaded
         # Checkpoints of older versions have no record of start weights: theirs were always drawn.
-        # Nor do they say how far the logs had come.
-        saved = {"start": {}, "logs": {}} | saved
+        # Nor do they say how far the logs had come. A run may begin to measure at a resume.
+        saved = {"start": {}, "logs": {}, "telemetry": {}} | saved
         # In the order of the states, whose first objection is the most helpful.
         for name, part in self.states.items():
             if name not in saved:

@@ -34,6 +34,7 @@ def step_metrics(
         metrics["skipped"] = action.value
     elif why := trainer.guard.skips.get(trainer.progress.step):
         metrics["skipped"] = why
+    metrics |= trainer.telemetry.take()
     metrics |= trainer.clock.metrics(totals.tokens)
     # The peak of this rank; the leading one writes it.
     metrics["memory_bytes"] = memory_bytes(trainer.world.device)

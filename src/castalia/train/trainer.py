@@ -39,10 +39,13 @@ from castalia.train.precision import storage
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.references import provide_references
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
+from castalia.train.services import services_of
 from castalia.train.start import open_start, recorded
+from castalia.train.statistics import make_telemetry, measured
 from castalia.train.step_metrics import step_metrics
 from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals
+from castalia.train.validating import evaluate
 
 
 class Trainer:
@@ -127,6 +130,7 @@ class Trainer:
         self.passes = make_passes(
             self.model, self.loss, config, self.world, self.watchdog.progressed
         )
+        self.telemetry = make_telemetry(self)
         # While the model of a fresh run has its start weights.
         provide_references(self)
 
@@ -156,6 +160,8 @@ class Trainer:
             "guard": self.guard,
             "start": self.start_record,
         }
+        if self.telemetry.statistics:
+            self.states["telemetry"] = self.telemetry
         # Last: a planner that does not fit is reported against data known to be the same.
         if isinstance(self.mixture, PlannedMixture):
             self.states["mixture"] = self.mixture
@@ -176,11 +182,12 @@ class Trainer:
         with ExitStack() as ending:
             # Entered first, so closed last: a hook that waits for a save is not watched any more.
             close_with(ending, self.hooks)
+            ending.callback(self.clock.times.stop)
             ending.enter_context(self.watchdog)
             self.resume("resumed from")
             # After the resume: a hook continues its files from the step that was loaded.
             for hook in self.hooks:
-                start_hook(hook, self.services())
+                start_hook(hook, services_of(self))
             # After the load, whose state is older than events.jsonl.
             self.guard.recall()
             batches = self.training_batches()
@@ -189,7 +196,7 @@ class Trainer:
             while self.progress.step < self.config.train.steps and not self.stopping:
                 number = self.progress.step + 1
                 self.watchdog.step_begins(number)
-                micro_batches = self.clock.wait_for(batches)
+                micro_batches = self.clock.wait_for(batches, number)
                 walk = self.skip_step if number in self.guard.skips else self.take_step
                 with self.watchdog.doing("passes and update"):
                     step = walk(micro_batches)
@@ -198,7 +205,8 @@ class Trainer:
                     batches = self.roll_back(batches)
                     continue
                 for hook in self.hooks:
-                    with self.watchdog.doing(f"hook {type(hook).__name__}"):
+                    name = type(hook).__name__
+                    with self.watchdog.doing(f"hook {name}"), self.clock.times.hook(name):
                         hook.after_step(step)
                     # Broken off in this hook: those behind it save, as after every last step.
                     if self.stopping and not step.last:
@@ -211,7 +219,9 @@ class Trainer:
         """
         # Updates and not steps: a skipped step must not move the schedule of those that count.
         lr = self.schedule(self.progress.updates)
-        totals = self.accumulate(self.prepared(micro_batches), rows_hash(micro_batches))
+        prepared = self.prepared(micro_batches)
+        with self.telemetry.watching(measured(self, prepared)):
+            totals = self.accumulate(prepared, rows_hash(micro_batches))
         if totals.weight:
             # Converted once: this waits for the device, and everything below needs the number.
             totals.norm = float(self.passes.gradient_norm() / self.scale.value)
@@ -290,8 +300,10 @@ class Trainer:
         if action is Action.UPDATE:
             # Unscale before clipping: the limit is in the units of the true gradient.
             self.scale.unscale(self.model.parameters())
+            self.telemetry.before_update(norm)
             clip_gradients(self.model.parameters(), norm, self.config.optim.clip)
             self.updater.step(lr)
+            self.telemetry.after_update()
             self.progress.updates += 1
         # Released rather than zeroed: the next forward pass needs the memory.
         self.updater.zero_grad()
@@ -327,30 +339,7 @@ class Trainer:
 
         None if a request to stop broke it off: the time of grace is for the save.
         """
-        # A curriculum and a ramp change the batches of training alone: validations compare.
-        self.passes.set_shape(self.config.train.batch_size, self.config.data.seq_length)
-        sums = self.passes.new_sums()
-        # From step 0 of their own order each time, so that two validations compare.
-        reader = self.batches(rows, 0)
-        with self.updater.evaluating():
-            for _ in range(batches):
-                if self.stop_if_asked():
-                    break
-                with self.watchdog.doing("validation"):
-                    micro_batches = next(reader)
-                    if self.experience is not None:
-                        micro_batches = self.experience.valid_batches(micro_batches)
-                    weights = self.passes.weights(micro_batches)
-                    sums.plus(self.passes.run(micro_batches, weights))
-        if self.stop:
-            return None
-        vector = self.world.sum(sums.vector(0, 0))
-        return StepTotals.of(
-            vector,
-            self.loss,
-            f"the validation of step {self.progress.step}",
-            len(sums.experts),
-        )
+        return evaluate(self, rows, batches)
 
     def training_batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the steps to come."""
@@ -410,32 +399,11 @@ class Trainer:
         """Return to the newest good checkpoint; the batches from there on."""
         # Workers of the old iterator read ahead, in an order that no longer holds.
         cast(Generator[list[Batch], None, None], batches).close()
+        self.telemetry.drop()
         self.resume("rolled back to")
         for hook in self.hooks:
             hook.rolled_back(self.progress.step)
         return self.training_batches()
-
-    def services(self) -> dict[str, Any]:
-        """What a hook may ask for by name; see `Hook`."""
-        return {
-            "config": self.config,
-            "world": self.world,
-            "rows": self.rows,
-            "model": self.model,
-            "passes": self.passes,
-            "mixture": self.mixture,
-            "progress": self.progress,
-            "clock": self.clock,
-            "checkpoints": self.checkpoints,
-            "policy": self.policy,
-            "evaluate": self.evaluate,
-            "watchdog": self.watchdog,
-            "ask_stop": self.ask_stop,
-            "agreed_stop": lambda: self.stop,
-            "is_asked": lambda: self.stop_asked > Stop.NO,
-            "stop_if_asked": self.stop_if_asked,
-            "pending_metrics": self.pending_metrics,
-        }
 
     def stop_if_asked(self) -> bool:
         """Whether any rank was asked to stop; the loop then ends after the current step."""

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens held here, C width, H query heads, K key and value hea
 K), D width of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +227,8 @@ class Attention(nn.Module):
         # GPT-NeoX has one norm for both.
         self.k_norm = None if config.qk_norm == "neox" else make_head_norm(config, self.kv_heads)
         self.out = nn.Linear(queries, width, bias=config.attention_bias)
+        # Sees what `attend` gets; set by castalia.telemetry while it measures.
+        self.observe: Callable[[Tensor, Tensor, Context], None] | None = None
 
     @property
     def tp_plan(self) -> dict[str, str]:
@@ -257,6 +259,8 @@ class Attention(nn.Module):
         if self.score_factor != 1.0:
             # On the queries: no kernel has to know of it, and exports fold it into their weights.
             q = q * self.score_factor
+        if self.observe is not None:
+            self.observe(q, k, context)
         return project(self.out, attend(q, k, v, context), context.draws)
 
     def heads_of(self, x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 from castalia.data import RunRows
 from castalia.distributed import World
 from castalia.losses import LOSSES
-from castalia.models.flops import flops_per_token
-from castalia.monitor import duration, memory_bytes, peak_flops, quantity
+from castalia.monitor import duration, memory_bytes, quantity
 from castalia.runs.config import RunConfig
 from castalia.runs.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend, movements
 from castalia.train.progress import Clock, Progress
+from castalia.train.rate import ModelRate
 from castalia.train.stopping import Stop, say
 
 COLUMNS = 80
@@ -56,10 +56,7 @@ class StepLine(Hook):
         self.sources = rows.sources
         self.mixture = mixture
         self.weights = mixture.prior
-        self.flops = flops_per_token(config.model, config.data.seq_length)
-        # None on a CPU or an unknown GPU: then no share of a guess.
-        peak = peak_flops(world.device)
-        self.peak = peak * world.size if peak else None
+        self.rate = ModelRate(config, world)
         self.began = time.perf_counter()
         self.began_with = progress.tokens
         # Of the last steps, for the last line: a single step's loss varies too much.
@@ -103,6 +100,7 @@ class StepLine(Hook):
         # Averages since the last line: single steps vary with saves and garbage collection.
         seconds = max(1e-9, time.perf_counter() - self.since)
         speed = (step.tokens - self.tokens) / seconds
+        mfu = self.rate.mfu(speed)
         seconds_a_step = seconds / max(1, step.number - self.step)
         left = duration((self.steps - step.number) * seconds_a_step)
         words = {
@@ -115,7 +113,7 @@ class StepLine(Hook):
             "gnorm": f"gnorm {self.sums['grad_norm'].mean:.2f}",
             "lr": f"lr {step.lr:.1e}",
             "tok/s": f"tok/s {quantity(speed)}",
-            "mfu": f"mfu {speed * self.flops / self.peak:.1%}" if self.peak else "",
+            "mfu": "" if mfu is None else f"mfu {mfu:.1%}",
             "mem": f"mem {memory_bytes(self.device) / 2**30:.1f}GiB",
             "data": f"data {(self.clock.data - self.data) / seconds:.1%}",
             "eta": f"eta {left}",
