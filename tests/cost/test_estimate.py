@@ -31,6 +31,8 @@ def test_weights_and_optimizer_are_those_of_the_real_model():
 
 LONG = ["data.seq_length=256", "model.max_position_embeddings=256", "train.batch_size=3"]
 """Rows so long that a table of biases is large beside them."""
+LONGER = ["data.seq_length=600", "model.max_position_embeddings=600", "train.batch_size=2"]
+"""Rows that keep their probabilities only because they are few."""
 BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
 
 
@@ -46,6 +48,8 @@ BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
         ["model.family=gpt2"],
         ["model.pos_emb=alibi"],
         ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
+        [*LONGER],
+        [*LONGER, "precision=bf16", "model.family=llama", "model.num_kv_heads=2"],
         ["debug-rwkv"],
         ["debug-rwkv", "precision=bf16"],
         ["debug-rwkv6", "model.rwkv6.attention_size=64"],
@@ -111,6 +115,14 @@ def test_recompute_and_smaller_micro_batches_need_less():
         for how in ("false", "selective")
     )
     assert selective_dropped < whole_dropped
+    # What is kept for speed alone is not kept by layers that are recomputed.
+    config = small(*LONGER)
+    rows, T, layers, heads = 2, 600, config.model.num_layers, config.model.num_attention_heads
+    plain, spared = (
+        estimate(small(*LONGER, f"train.recompute={how}").workload, 1, "cpu").memory.activations
+        for how in ("false", "selective")
+    )
+    assert plain - spared > layers * 4 * rows * heads * T * (T + 128) // 2
     assert (
         estimate(small("train.micro_batch_size=3").workload, 1, "cpu").memory.activations
         == whole // 4

@@ -13,6 +13,7 @@ from castalia.models.parts.attention import attend, chunks_by_kernel, split_fuse
 from castalia.models.parts.causal_attention import causal_attention, kept_size
 from castalia.models.parts.rotary import Rope, rope_tables, rotate_heads
 from castalia.models.state import KVCache, ModelState
+from castalia.models.tiles import KEEP, KEEP_NUMBERS, QUERIES, keeps_probabilities
 
 HEADS, WIDTH = 6, 16
 CONFIG = NeoxConfig(
@@ -77,6 +78,55 @@ def test_values_and_gradients_fp32(T: int, kv_heads: int, keep: bool, turned: bo
     y, *_, kept = causal_attention(q, k, v, *(rope or (None, None)), None, [0], keep)
     assert kept.numel() == (kept_size(2 * HEADS, T) if keep else 0)
     require_same(y, by_torch(q, k, v, rope), [q, k, v], dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_kept_probabilities_change_no_bit(dtype: torch.dtype, masked: bool) -> None:
+    """A run may keep them on one layout and compute them again on another."""
+    *heads, dy = [x.detach().to(dtype) for x in draw(2, 300, 2)]
+    mask = documents_mask(300) if masked else None
+    results = []
+    for keep in (True, False):
+        inputs = [x.clone().requires_grad_() for x in heads]
+        y = causal_attention(*inputs, None, None, mask, [0], keep)[0]
+        results.append([y, *torch.autograd.grad(y, inputs, dy.to(dtype))])
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_long_rows_against_float64(kv_heads: int) -> None:
+    """Rows of more than KEEP * WIDTH tokens, whose probabilities are kept where they are few."""
+    T = KEEP * WIDTH + 200
+    q, k, v, dy = draw(1, T, kv_heads)
+    context = Context(positions=torch.arange(T)[None])
+    exact_inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = by_softmax(
+        *exact_inputs, torch.ones(T, T, dtype=torch.bool).tril(), torch.zeros(T, T).double()
+    )
+    true = [exact, *torch.autograd.grad(exact, exact_inputs, dy.double())]
+    for spares in (False, True):
+        y = attend(q, k, v, context._replace(spares_memory=spares))
+        assert (kept_numbers_of(y) > 0) == (not spares)
+        ours = [y, *torch.autograd.grad(y, [q, k, v], dy)]
+        for one, other in zip(ours, true, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=2e-5)
+
+
+def kept_numbers_of(y: Tensor) -> int:
+    """Probabilities that the graph of attention's result holds."""
+    assert y.grad_fn is not None
+    return sum(x.numel() for x in y.grad_fn.saved_tensors if x is not None and x.ndim == 1)
+
+
+def test_many_long_rows_keep_nothing() -> None:
+    """The limit counts a micro-batch; short rows and recomputed layers have their own rules."""
+    most = KEEP_NUMBERS * 2 // (2048 + QUERIES)
+    assert keeps_probabilities(most, 2048, 64, spares=False)
+    assert not keeps_probabilities(most + 1, 2048, 64, spares=False)
+    assert not keeps_probabilities(1, 2048, 64, spares=True)
+    assert keeps_probabilities(10 * most, KEEP * 64, 64, spares=True)
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -9,11 +9,12 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
                  4 P of masters among the optimizer's; a base in int8 or int4 P / S or 0.56 P / S
     optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
     activations  for each layer b T times what its family declares as kept; with tp the part that
-                 is gathered is that of all T tokens; on a CPU the probabilities of short rows,
-                 e H (T + 128) / 2 a token, under attention_dropout (5 + e) H T; of biases and
-                 masks of each head e H T T for all rows alike, and on a CPU 4 H T a token if they
-                 train; a recomputed layer keeps its input, with recompute=selective all but the
-                 cheap part and what grows with T T, and one such layer is whole at a time
+                 is gathered is that of all T tokens; on a CPU the probabilities of short rows
+                 and of few ones, e H (T + 128) / 2 a token, under attention_dropout (5 + e) H T; of
+                 biases and masks of each head e H T T for all rows alike, and on a CPU 4 H T a
+                 token if they train; a recomputed layer keeps its input, with recompute=selective
+                 all but the cheap part and what grows with T T, and one such layer is whole at a
+                 time
     logits       one chunk of the fused cross-entropy, never b T V
     gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of
                  the backward 4 P / S and the whole embedding's and head's, if that and two layers'
@@ -37,7 +38,7 @@ from typing import NamedTuple
 from castalia.core.ranks import world_size
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
-from castalia.models.costs import Costs
+from castalia.models.costs import Costs, Stored
 from castalia.models.families import family_of
 from castalia.models.flops import (
     ParameterCounts,
@@ -49,7 +50,7 @@ from castalia.models.flops import (
     parameter_counts,
 )
 from castalia.models.model_config import ModelConfig
-from castalia.models.tiles import KEEP, QUERIES, kind_of, logits_rows
+from castalia.models.tiles import QUERIES, keeps_probabilities, kind_of, logits_rows
 
 QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes of a weight in integers, with its scale: int4 has a bf16 one for 32 weights."""
@@ -218,8 +219,8 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     vocabulary = max(1, head_outputs(model) // degrees.tp)
     steps = -(-work.batch_size // (rows * degrees.dp))
     blocks = [
-        kept_bytes(costs, work, tokens, rows, device, degrees)
-        for costs in stage_costs(model, degrees)
+        kept_bytes(costs, work, layer, tokens, rows, device, degrees)
+        for layer, costs in enumerate(stage_costs(model, degrees))
     ]
     gathered = weights.blocks + weights.experts // degrees.ep
     if work.parallel.reshard_after_forward:
@@ -312,7 +313,7 @@ def activation_bytes(
     return total + again + ends
 
 
-def block_bytes(costs: Costs, seq_length: int, size: int, device: str, degrees: Degrees) -> int:
+def block_bytes(costs: Costs, size: int, device: str, degrees: Degrees) -> int:
     """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are
     gathered, all T.
     """
@@ -323,18 +324,34 @@ def block_bytes(costs: Costs, seq_length: int, size: int, device: str, degrees: 
     out += size * kept.keys * (degrees.cp * tp // costs.key_parts(tp) - 1)
     if device == "cpu":
         out += 4 * kept.unfused
-    if device == "cpu" and seq_length <= KEEP * kept.head_dim:
-        out += size * kept.heads * (seq_length + QUERIES) // 2
     return out
 
 
+def probability_bytes(kept: Stored, work: Workload, layer: int, tokens: int) -> int:
+    """Attention probabilities that a CPU's kernel keeps of `tokens` of this rank."""
+    T = work.seq_length
+    queries = tokens * kept.heads
+    spares = bool(kind_of(work.recompute, layer))
+    if not keeps_probabilities(queries, T, kept.head_dim, spares=spares):
+        return 0
+    return work.itemsize * queries * (T + QUERIES) // 2
+
+
 def kept_bytes(
-    costs: Costs, work: Workload, tokens: int, rows: int, device: str, degrees: Degrees
+    costs: Costs,
+    work: Workload,
+    layer: int,
+    tokens: int,
+    rows: int,
+    device: str,
+    degrees: Degrees,
 ) -> KeptBytes:
-    """What one block keeps of `tokens` of this rank, which are parts of `rows` rows."""
+    """What block `layer` keeps of `tokens` of this rank, which are parts of `rows` rows."""
     kept = costs.kept
     size = work.itemsize
-    linear = tokens * block_bytes(costs, work.seq_length, size, device, degrees)
+    linear = tokens * block_bytes(costs, size, device, degrees)
+    if device == "cpu":
+        linear += probability_bytes(kept, work, layer, tokens)
     # Softmax in fp32, what is dropped of it, and the probabilities that are left.
     square = (4 + 1 + size) * kept.plain_heads * tokens
     masked = tokens if work.document_mask else tokens // rows

@@ -33,6 +33,7 @@ class Block(nn.Module):
         # block, checkpointing could not see the operators that selective recompute chooses among.
         # Never with a state, which a second run would append to twice.
         if self.recompute and context.state is None and torch.is_grad_enabled():
+            context = context._replace(spares_memory=True)
             return recomputed(self.recompute, self.widest, self.compute, x_BTC, context)
         return self.compute(x_BTC, context)
 

@@ -107,3 +107,5 @@ class Context(NamedTuple):
     """What dropout draws from; each block gets those of its layer. None drops nothing."""
     heads: HeadShare = HeadShare()
     """This rank's heads under tensor parallelism."""
+    spares_memory: bool = False
+    """Whether this block is recomputed, so that it keeps nothing large for the sake of speed."""

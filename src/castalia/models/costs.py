@@ -24,7 +24,7 @@ class Stored(NamedTuple):
     exact: int = 0
     """Numbers of a recurrence, split, always fp32; selective recompute makes them again."""
     heads: int = 0
-    """Query heads whose attention probabilities the CPU kernel keeps for short rows."""
+    """Query heads whose attention probabilities the CPU kernel keeps: of short rows, or of few."""
     plain_heads: int = 0
     """Query heads whose attention probabilities are kept for all keys, on every device."""
     masked_heads: int = 0

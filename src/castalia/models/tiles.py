@@ -9,12 +9,30 @@ QUERIES = 128
 """Queries in a block of attention on a CPU: enough for products at full speed, few enough to skip
 most of the upper triangle."""
 KEEP = 16
-"""Attention probabilities are kept for the backward if T <= KEEP * head_dim. They are then about as
-large as the MLP's activations, and keeping them saves a third of the attention's products."""
+"""Attention probabilities of short rows, T <= KEEP * head_dim, are kept for the backward. They are
+then about as large as the MLP's activations, and keeping them saves a third of the attention's
+products."""
+KEEP_NUMBERS = 20 << 20
+"""Those of longer rows are kept if a layer has at most so many of them for a micro-batch, 40 MiB in
+bf16: rows of 2,048 tokens and 8 heads. There attention with its backward takes 0.78 of the time
+without. A limit in numbers bounds what a small model spends; large ones reach it with few rows."""
 LOGITS_BYTES = {"cpu": 25 << 20}
 """Bytes of a chunk of logits, unless the head's weight is larger: a CPU's last-level cache."""
 LOGITS_BYTES_DEVICE = 512 << 20
 """Bytes of a chunk of logits on a GPU: enough rows to keep it busy."""
+
+
+def keeps_probabilities(queries: int, keys: int, head_dim: int, *, spares: bool) -> bool:
+    """Whether attention on a CPU keeps its probabilities for the backward.
+
+    queries  all that a layer has here: rows of a micro-batch times heads times tokens.
+    keys     tokens of a whole row.
+    spares   the layer is recomputed, because memory is scarce: only short rows keep them.
+    """
+    if keys <= KEEP * head_dim:
+        return True
+    # Causal: a block of queries sees the keys up to its own end.
+    return not spares and queries * (keys + QUERIES) // 2 <= KEEP_NUMBERS
 
 
 def logits_rows(V: int, C: int, itemsize: int, device: str) -> int:

@@ -18,7 +18,7 @@ from castalia.models.parts.dropout import Draws, drop_probabilities, project
 from castalia.models.parts.norms import make_head_norm
 from castalia.models.parts.rotary import Rope, rotate, rotate_heads
 from castalia.models.state import KVCache
-from castalia.models.tiles import KEEP
+from castalia.models.tiles import keeps_probabilities
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
@@ -39,8 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     if context.state is None and q.device.type == "cpu" and alike(context):
         if context.mask is None and q.shape == k.shape and is_inference():
             return attend_in_place(q, k, v, context.rope)
-        cos, sin = context.rope or (None, None)
-        return by_blocks(q, k, v, cos, sin, context.mask, [0])
+        return by_blocks(q, k, v, context.rope, context, [0])
     if context.rope is not None:
         q = rotate_heads(q, context.rope)
         k = rotate_heads(k, context.rope)
@@ -115,7 +114,7 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, context: Context, share: RowS
     k, v = share.gather(torch.stack([k, v]), 3).unbind()
     starts = share.starts(q.shape[2])
     if q.device.type == "cpu" and alike(context):
-        return by_blocks(q, k, v, None, None, context.mask, starts)
+        return by_blocks(q, k, v, None, context, starts)
     y_BHTD = chunks_by_kernel(q, k, v, context.mask, starts, context.bias)
     return y_BHTD.transpose(1, 2).flatten(2)
 
@@ -129,15 +128,19 @@ def by_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
+    rope: Rope | None,
+    context: Context,
     starts: list[int],
 ) -> Tensor:
-    """The CPU kernel; see `causal_attention` for the shapes."""
-    # Long rows compute their probabilities again: kept, they would grow with the square of T.
-    keep = torch.is_grad_enabled() and k.shape[2] <= KEEP * q.shape[3]
-    y_BTC: Tensor = causal_attention(q, k, v, cos, sin, mask, starts, keep)[0]
+    """The CPU kernel; see `causal_attention` for the shapes. `rope` is None for rotated heads."""
+    B, H, T, D = q.shape
+    # Long rows compute their probabilities again: kept, they would grow with the square of T. The
+    # bits of the results are the same either way.
+    keep = torch.is_grad_enabled() and keeps_probabilities(
+        B * H * T, k.shape[2], D, spares=context.spares_memory
+    )
+    cos, sin = rope or (None, None)
+    y_BTC: Tensor = causal_attention(q, k, v, cos, sin, context.mask, starts, keep)[0]
     return y_BTC
 
 
