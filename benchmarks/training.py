@@ -2,10 +2,14 @@
 
     python benchmarks/training.py [--level as-is|avx2|no-compiler] [--quick] [--family neox|llama]
                                   [--shapes 14m,70m] [--seq 512,2048] [--dtypes bf16,fp32]
-                                  [--engines "castalia compiled,litgpt"] [--gpu] [--json FILE]
+                                  [--engines "castalia compiled,litgpt compiled"] [--prepare]
+                                  [--gpu] [--json FILE]
 
 Pythia's shapes in fp32 and under bf16 autocast, each a row with a goal of its own; as LLaMA they
 have RMSNorm, SwiGLU of 8/3 the width, serial blocks, and half as many heads of keys as of queries.
+The JSON is written after every row, so that a run that is cut keeps what it has. Most of the time
+is compiling, whose results torch keeps on disk: `--prepare` compiles for all rows and times
+nothing, and the run after it takes under five minutes on two cores.
 Every engine runs in a process of its own and all step in turn, so that disturbances of the machine
 affect all alike. All have fp32 weights, fused AdamW, the same batch and no clipping. The peers are
 transformers' model, eager and compiled, litgpt's GPT under its chunked cross-entropy, and
@@ -16,9 +20,9 @@ torchmetrics jsonargparse typeshed-client docstring-parser torchtitan spmd_types
 is the peak resident size of a process, libraries included. `--allocator` adds transformers compiled
 under Castalia's allocator settings, which shows how much of the ratio these alone give.
 
-The dtype that is slower on the machine runs fewer cases, and none where its products have less than
-a tenth of the other's rate. At a level without a compiler all engines are eager, because
-torch.compile needs one on a CPU.
+A dtype whose products have less than a tenth of the other's rate on the machine has no rows. At a
+level without a compiler all engines are eager, because torch.compile needs one on a CPU; elsewhere
+eager engines, which are slower than compiled ones, run where `--engines` names them.
 
 FLOPs of a token are 6 N + 12 L d T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N weights
 in matrix products (head included, embedding not), L layers of width d, rows of T tokens. Shares
@@ -51,8 +55,8 @@ from castalia.monitor import peak_flops
 from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
 
 HERE = Path(__file__).resolve().parent
-ROWS = {("14m", 512): 8, ("70m", 512): 4, ("14m", 2048): 2, ("70m", 2048): 1}
-"""Rows of T tokens in a step on a CPU; 1 for other cases."""
+ROWS = {("14m", 512): 8, ("70m", 512): 2, ("14m", 2048): 2}
+"""Rows of T tokens in a step on a CPU; 1 for other cases. A step takes a second or two."""
 GPU_ROWS = {"160m": 16, "410m": 16, "1.4b": 8}
 ENGINES = {
     "castalia compiled": ("castalia", True, True),
@@ -73,9 +77,9 @@ GOAL = 1.3
 """Times the speed of transformers compiled, in the dtype that is faster on the machine."""
 GOAL_ELSEWHERE = 1.0
 """In the other dtype."""
-ROUNDS = (3, 11)
+ROUNDS = (2, 9)
 """Rounds of a case, at least and at most."""
-SECONDS = 25.0
+SECONDS = 10.0
 """Time of the rounds of a case."""
 
 
@@ -90,7 +94,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
-    """Run every case, print a table after each, write JSON at the end."""
+    """Run every case, print a table and write the JSON after each."""
     options = read_options()
     enter(options.level)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -104,19 +108,40 @@ def main() -> None:
     print(json.dumps(machine))
     for name in machine["missing"]:
         print(f"{name} is not installed here, and its rows are missing")
-    results = []
+    began = time.perf_counter()
+    results: list[dict[str, Any]] = []
     peak = peak_flops(torch.device(device))
     for case in cases(options, rates):
+        if options.prepare:
+            prepare(case, values_of(case, device, options))
+            continue
         results.append(run_case(case, device, options))
         for engine in results[-1]["engines"].values():
             speed = engine["tokens_per_second"]["median"]
             engine["mfu"] = peak and speed * results[-1]["flops_per_token"] / peak
         print_case(results[-1], rates[case.dtype], peak)
-    judged = judge(results)
-    print_judgement(judged)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    written = {"machine": machine, "cases": results, "goals": judged}
-    options.json.write_text(json.dumps(written, indent=1) + "\n")
+        machine["seconds"] = round(time.perf_counter() - began)
+        write(options.json, {"machine": machine, "cases": results, "goals": judge(results)})
+    if results:
+        print_judgement(judge(results))
+        print(f"\n{machine['seconds']} s; {options.json}")
+
+
+def write(path: Path, numbers: dict[str, Any]) -> None:
+    """The numbers so far, in place of those before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # By a rename: whoever stops the run finds a whole file.
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps(numbers, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def prepare(case: Case, values: dict[str, Any]) -> None:
+    """Compile what the engines of a case need; torch keeps it on disk."""
+    began = time.perf_counter()
+    stop(start(tuple(name for name in case.engines if ENGINES[name][1]), values))
+    took = time.perf_counter() - began
+    print(f"{case.shape}, T {case.seq}, {case.dtype}: compiled in {took:.0f} s")
 
 
 def read_options() -> argparse.Namespace:
@@ -134,6 +159,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", type=comma, help="of bf16,fp32")
     parser.add_argument("--engines", type=comma, help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--prepare", action="store_true", help="compile for all rows, time nothing")
     parser.add_argument("--allocator", action="store_true", help="one more engine of transformers")
     parser.add_argument("--rounds", type=int, help="timed steps of each engine")
     parser.add_argument("--json", type=Path, help="where the numbers go")
@@ -182,7 +208,7 @@ def missing_engines() -> list[str]:
 
 
 def cases(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Case]:
-    """What is run: all shapes in the faster dtype, and the short rows in the other one."""
+    """What is run, the faster dtype first."""
     fastest = max(rates, key=lambda name: rates[name])
     order = sorted(rates, key=lambda name: -rates[name])
     for dtype in order:
@@ -194,17 +220,12 @@ def cases(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Case
             continue
         for seq in options.seq:
             for shape in options.shapes:
-                main_case = dtype == fastest
-                if not main_case and seq != options.seq[0]:
-                    continue
-                first = main_case and (shape, seq) == (options.shapes[0], options.seq[0])
                 rows = GPU_ROWS.get(shape, 8) if options.gpu else ROWS.get((shape, seq), 1)
-                yield Case(shape, seq, rows, dtype, engines_of(options, main_case, first))
+                yield Case(shape, seq, rows, dtype, engines_of(options))
 
 
-def engines_of(options: argparse.Namespace, main_case: bool, first: bool) -> tuple[str, ...]:
-    """Who runs a case: eager engines once, since compiled ones are faster; peers beside
-    transformers in the faster dtype."""
+def engines_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Who runs: compiled engines, which are faster than eager ones, where there is a compiler."""
     absent = set(missing_engines())
     names = []
     for name, (library, compiled, _) in ENGINES.items():
@@ -212,13 +233,8 @@ def engines_of(options: argparse.Namespace, main_case: bool, first: bool) -> tup
             wanted = name in options.engines
         elif "our allocator" in name:
             wanted = options.allocator
-        elif not has_compiler():
-            wanted = not compiled
         else:
-            eager_too = first and not options.quick and library in ("castalia", "transformers")
-            wanted = compiled or eager_too
-        if library in ("litgpt", "torchtitan") and options.engines is None:
-            wanted &= main_case
+            wanted = compiled == has_compiler()
         if wanted and library not in absent:
             names.append(name)
     return tuple(names)
@@ -240,17 +256,7 @@ def config_of(shape: str, family: str) -> TransformerConfig:
 def run_case(one: Case, device: str, options: argparse.Namespace) -> dict[str, Any]:
     """All engines at one shape, in turn."""
     config = config_of(one.shape, options.family)
-    values = {
-        "model": config.model_dump(),
-        "vocab_size": TOKENIZER_IDS,
-        "padded_vocab_size": config.padded_vocab_size,
-        "rows": one.rows,
-        "seq": one.seq,
-        "dtype": one.dtype,
-        "device": device,
-        "warmup": 2,
-    }
-    workers = start(one.engines, values)
+    workers = start(one.engines, values_of(one, device, options))
     steps = {name: partial(worker.ask, "step") for name, worker in workers.items()}
     began = time.perf_counter()
     in_turn(steps, 1)
@@ -262,9 +268,7 @@ def run_case(one: Case, device: str, options: argparse.Namespace) -> dict[str, A
     parts = {
         name: worker.ask("parts") for name, worker in workers.items() if name.startswith("castalia")
     }
-    for worker in workers.values():
-        worker.tell("stop")
-        worker.process.wait()
+    stop(workers)
     facts = {
         "shape": one.shape,
         "family": options.family,
@@ -276,6 +280,29 @@ def run_case(one: Case, device: str, options: argparse.Namespace) -> dict[str, A
         "flops_per_token": flops_per_token(config, one.seq),
     }
     return facts | compare(config, one, times, memory, parts)
+
+
+def values_of(one: Case, device: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the engines of a case are told."""
+    config = config_of(one.shape, options.family)
+    return {
+        "model": config.model_dump(),
+        "vocab_size": TOKENIZER_IDS,
+        "padded_vocab_size": config.padded_vocab_size,
+        "rows": one.rows,
+        "seq": one.seq,
+        "dtype": one.dtype,
+        "device": device,
+        # Compiles. The round that tells how many fit is not counted either.
+        "warmup": 1,
+    }
+
+
+def stop(workers: dict[str, Worker]) -> None:
+    """End the engines."""
+    for worker in workers.values():
+        worker.tell("stop")
+        worker.process.wait()
 
 
 def start(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Worker]:

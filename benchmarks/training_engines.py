@@ -135,7 +135,7 @@ class Castalia(Engine):
         scored = Scored(hidden_BTC, self.model, compiled=self.case["compiled"])
         return self.next_token(scored, self.batch).total / self.labels.numel()
 
-    def parts(self, rounds: int = 3) -> dict[str, float]:
+    def parts(self, rounds: int = 2) -> dict[str, float]:
         """Seconds of each part of one step, of the fastest of `rounds` steps.
 
         All are read off the same step, so that they add up to it whatever the machine does: three
