@@ -48,6 +48,8 @@ FREE_KEYS = {
     "model.start_vocab",
     "model.moe.split_over_tp",
     "data.workers",
+    "data.cache",
+    "data.cache_gib",
     "data.allow_changed",
     "data.verify",
     "data.train",

@@ -54,6 +54,7 @@ PATHS = (
     "data.valid_rejected_reference",
     "data.interventions.file",
     "data.order_cache",
+    "data.cache",
     "mixing.record",
     "launch.hostfile",
     "eval.include",

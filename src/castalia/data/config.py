@@ -70,7 +70,8 @@ class DataConfig(Config):
     """Tokens of a row that the model sees. A stored row has one more, the last target."""
     # A resume compares files, labels and weights by content, so their paths may move.
     train: Annotated[Paths, AT_RESUME] = []
-    """Prefixes of the .bin/.idx token files to train on, one per source."""
+    """Prefixes of the .bin/.idx token files to train on, one per source; s3://BUCKET/PREFIX reads
+    by range."""
     weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each train source in the blend; null means equal weights. 0 leaves a source out."""
     valid: Annotated[Paths, AT_RESUME] = []
@@ -209,6 +210,10 @@ class DataConfig(Config):
     """Where to keep the index maps of large orders (64 MiB and more): true means PREFIX.order
     beside the token file, a path means one folder for all sources, false means nowhere. Maps are
     found by content, so they never go stale."""
+    cache: Annotated[str | None, AT_RESUME] = None
+    """Folder of what was read of token files in a bucket; null is Castalia's cache folder."""
+    cache_gib: Annotated[PositiveFloat | None, AT_RESUME] = None
+    """Most of each such file that is kept, in GiB; null keeps all that was read."""
     workers: Annotated[NonNegativeInt, AT_RESUME] = 0
     """Processes that read ahead; 0 reads ahead in a thread of the training process."""
     allow_changed: Annotated[bool, AT_RESUME] = False

@@ -27,6 +27,8 @@ from castalia.core.sealed import Seal
 from castalia.data.mapped import Buffer, MappedFile, MappedShards
 from castalia.data.seals import entry
 from castalia.data.shards import base_of, find_shards
+from castalia.storage.twins import remote_bin, twin
+from castalia.storage.urls import is_url
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -88,7 +90,7 @@ class IndexedDataset:
 
     Without a PREFIX.bin, the shards that Pythia's tools cut it into (`PREFIX-00000-of-00082.bin` …)
     are read in place, and the name of a shard stands for its prefix. `shards` are their paths,
-    empty for a single file.
+    empty for a single file. Of a URL the tokens are read by range, and `prefix` is local.
 
     `dataset[i]` is a 1-D view of document i; a slice gives a list of them.
     Shapes  sizes (N,) int32, tokens per document; pointers (N,) int64, byte places in the .bin;
@@ -99,6 +101,8 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        if is_url(prefix):
+            prefix = twin(os.fspath(prefix))
         self.bin_path, self.idx_path = file_pair(prefix)
         if not self.idx_path.exists():
             self.bin_path, self.idx_path = file_pair(base_of(os.fspath(prefix)))
@@ -115,7 +119,10 @@ class IndexedDataset:
         self.doc_idx: NDArray[np.int64] = index.view("<i8", boundaries, HEADER.size + 12 * count)
         self.shards: list[Path] = []
         self.buffer: Buffer
-        if self.bin_path.exists():
+        remote = None if self.bin_path.exists() else remote_bin(self.prefix)
+        if remote is not None:
+            self.buffer = remote
+        elif self.bin_path.exists():
             self.buffer = MappedFile(self.bin_path)
         else:
             self.shards = find_shards(self.prefix)

@@ -18,6 +18,8 @@ from castalia.data.seals import (
     sealed,
 )
 from castalia.data.shards import base_of
+from castalia.storage.twins import twin
+from castalia.storage.urls import is_url
 from castalia.tokenizers.tokenizer import Tokenizer
 
 REMEDY = "choose another --output, or replace it with --overwrite"
@@ -29,7 +31,7 @@ def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises  DataError if it is not a JSON object, or not as it was written.
     """
-    path = Path(os.fspath(prefix) + ".json")
+    path = Path((twin(os.fspath(prefix)) if is_url(prefix) else os.fspath(prefix)) + ".json")
     try:
         text = path.read_bytes().decode("utf-8")
         record = json.loads(text)

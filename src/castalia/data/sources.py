@@ -15,6 +15,7 @@ from castalia.data.labels import Labels, open_labels, read_rewards
 from castalia.data.order import weight_by_num_documents
 from castalia.data.pair_files import open_references, require_pair
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
+from castalia.storage.twins import use_cache
 from castalia.tokenizers.tokenizer import load_tokenizer
 
 NEGLIGIBLE = 1e-6
@@ -89,6 +90,7 @@ def open_files(config: DataConfig) -> tuple[Files, Files]:
             belongs to them; ConfigError if with another tokenizer than the config's: the model
             would learn one vocabulary and be read with another.
     """
+    use_cache(config.cache, config.cache_gib)
     train = files_of(config, "")
     valid = files_of(config, "valid_")
     tokens = train.all_tokens + valid.all_tokens

@@ -2,6 +2,7 @@
 
 from castalia.storage.faults import StorageError
 from castalia.storage.objects import ObjectStore, Transfer
+from castalia.storage.ranged import RangedFile
 from castalia.storage.urls import is_url, problem_of_url
 
-__all__ = ["ObjectStore", "StorageError", "Transfer", "is_url", "problem_of_url"]
+__all__ = ["ObjectStore", "RangedFile", "StorageError", "Transfer", "is_url", "problem_of_url"]

@@ -3,9 +3,6 @@
 import re
 from typing import Any
 
-import fsspec
-from fsspec.registry import known_implementations
-
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import require
 from castalia.core.secrets import redacted, redacted_url
@@ -38,6 +35,9 @@ def problem_of_url(url: str) -> str | None:
 
     Nothing is sent to the server.
     """
+    # Imported on use: a config that names no URL need not wait for it.
+    from fsspec.registry import known_implementations
+
     shown = redacted(url)
     if not is_url(url):
         return f"{shown!r} is not a URL such as s3://bucket/prefix or file:///mnt/copies"
@@ -65,6 +65,8 @@ def missing_package(protocol: str) -> str | None:
         except ConfigError as error:
             return str(error)
         return None
+    import fsspec
+
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
@@ -84,6 +86,8 @@ def file_system(protocol: str) -> Any:
     Credentials come from the environment, ~/.aws or the machine's role, as the protocol's own
     package finds them.
     """
+    import fsspec
+
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("file", "local"):
         options["auto_mkdir"] = True

@@ -14,6 +14,7 @@ from castalia.data.shards import base_of
 from castalia.distributed import World
 from castalia.runs.config import RunConfig
 from castalia.runs.hook import Hook, Step
+from castalia.storage.urls import is_url
 from castalia.train.hashing import BackgroundHashing, HashingState
 from castalia.train.stopping import Stop, say
 
@@ -154,6 +155,9 @@ def prefixes_of(config: RunConfig) -> Iterator[tuple[str, bool]]:
     seen = set()
     for name in PREFIXES:
         for path in getattr(config.data, name):
+            if is_url(path):
+                # Hashing it whole would fetch it whole: size and tag are compared instead.
+                continue
             prefix = base_of(without_suffix(path))
             if prefix not in seen:
                 seen.add(prefix)
