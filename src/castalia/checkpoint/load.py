@@ -232,12 +232,18 @@ def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """The state that was saved with the tensors, such as progress, loss scale and data
-    fingerprint."""
+    fingerprint.
+
+    Raises  CheckpointError if the step's files are missing or damaged.
+    """
     return state_of(Path(path), read_manifest(Path(path)))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The run's config as it was saved, for RunConfig or one of its sections."""
+    """The run's config as it was saved, for RunConfig or one of its sections.
+
+    Raises  CheckpointError if the step's files are missing or damaged.
+    """
     try:
         # safe_load builds plain values only; a full loader could construct any object.
         values = yaml.safe_load(read_text(path, CONFIG))
@@ -264,7 +270,10 @@ def read_text(path: str | Path, name: str) -> str:
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(weights by Decoder.state_dict() names, config, state) of a checkpoint folder."""
+    """(weights by Decoder.state_dict() names, config, state) of a checkpoint folder.
+
+    Raises  CheckpointError if the step's files are missing or damaged.
+    """
     return read(path), read_config(path), read_state(path)
 
 

@@ -56,6 +56,7 @@ class CorpusRecipe(NamedTuple):
 
 
 CORPORA: Registry[CorpusRecipe] = Registry("corpus")
+"""The corpora that `build_corpus` and `data.corpus` know, by name."""
 CORPORA.register("python")(
     CorpusRecipe(
         {

@@ -4,7 +4,3 @@ What a page says stands in the code alone: in the docstrings of the config class
 GPT-NeoX's names, in the signatures of the public functions. A test compares each page with what
 would be written.
 """
-
-from castalia.pages.all import PAGES, write_pages
-
-__all__ = ["PAGES", "write_pages"]

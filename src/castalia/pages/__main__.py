@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from castalia.core.errors import CastaliaError
-from castalia.pages import PAGES, write_pages
+from castalia.pages.all import PAGES, write_pages
 
 
 def main(words: list[str]) -> int:

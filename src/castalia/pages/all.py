@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from castalia.core.errors import DataError
+from castalia.pages.api import api_page
 from castalia.pages.neox import neox_page
 from castalia.pages.options import options_page
 
 PAGES: dict[str, Callable[[], str]] = {
     "options.md": options_page,
     "gpt-neox-options.md": neox_page,
+    "api.md": api_page,
 }
 """Name of each generated page in docs/ -> its text."""
 

@@ -28,6 +28,7 @@ from castalia.models.model_config import ModelConfig
 DEFAULT = "neox"
 """The family of a config that names none, as all did when there was one."""
 FAMILIES: Registry[Family] = Registry("model family")
+"""Every family by the name that `model.family` has."""
 for family in (
     *(Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()),
     MambaFamily(),
@@ -41,7 +42,7 @@ for family in (
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a config belongs to."""
+    """The family that a config belongs to: its costs, start weights, layouts and engines."""
     return FAMILIES[config.family]
 
 
