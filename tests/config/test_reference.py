@@ -43,10 +43,8 @@ def written(tmp_path_factory):
     return folder
 
 
-def test_every_generated_page_is_current(written):
-    pages = sorted(page.name for page in written.iterdir() if page.stat().st_size)
-    assert {"options.md", "gpt-neox-options.md", "api.md"} <= set(pages)
-    for name in pages:
+def test_the_pages_of_options_are_current(written):
+    for name in ("options.md", "gpt-neox-options.md"):
         assert (DOCS / name).read_text() == (written / name).read_text(), f"{name}: {STALE}"
 
 

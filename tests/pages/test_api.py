@@ -2,10 +2,22 @@
 
 import importlib
 import inspect
+from pathlib import Path
 
 import castalia
+from castalia.pages.all import PAGES
 from castalia.pages.api import api_page, call, listed, members, name_lines, prose, rooms
 from castalia.pages.sources import PACKAGE, definition, is_config, public_names
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_page_is_current():
+    stale = "docs/api.md is not current: run `make docs`, or python -m castalia.pages"
+    assert (DOCS / "api.md").read_text() == api_page(), stale
+    # The rest of the pages: tests/config/test_reference.py.
+    assert PAGES.keys() == {"options.md", "gpt-neox-options.md", "api.md"}
 
 
 def test_every_public_name_is_on_the_page_with_its_docstring():
