@@ -9,7 +9,6 @@ from castalia.pages.all import PAGES
 from castalia.pages.api import api_page, call, listed, members, name_lines, prose, rooms
 from castalia.pages.sources import PACKAGE, definition, is_config, public_names
 
-
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
