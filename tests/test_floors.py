@@ -44,6 +44,7 @@ FLOORS = {
     "memorization": 12,  # completes rows of the stream
     "analysis": 13,  # pages that show what the rooms below measure
     "suites": 14,
+    "tuning": 14,  # short runs of `analysis`, each in a process of its own
     "publish": 15,  # a run or a suite on the hub: exports, a card of its facts, its results
     "integrity": 15,  # asks every room whose files may be damaged
     "studies": 15,  # whole experiments, often over a suite: runs, measurements, a picture

@@ -17,6 +17,7 @@ VERBS = (
     "show",
     "lr-find",
     "coord-check",
+    "tune",
     "train",
     "launch",
     "study",

@@ -73,6 +73,7 @@ def test_names_of_older_versions_are_classified():
         "bf16",
         "zero_optimization",
         "autotuning",
+        "flops_profiler",
         "curriculum_learning",
         "curriculum_learning.schedule_config",
         "scheduler",
@@ -295,6 +296,22 @@ def test_silence_means_the_defaults_of_gpt_neox():
             False,
         ),
         ({"autotuning_config": {"enabled": True}}, "train.micro_batch_size", 4),
+        # From 10 steps done on, two more.
+        ({"profile": True}, "profile.steps", [[11, 12]]),
+        (
+            {"profile": True, "profile_step_start": 4, "profile_step_stop": 9},
+            "profile.stacks",
+            True,
+        ),
+        ({"profile_step_start": 4, "profile": True}, "profile.steps", [[5, 12]]),
+        ({"memory_profiling": True}, "profile.memory", True),
+        (
+            {"memory_profiling": True, "memory_profiling_path": "snapshots"},
+            "profile.memory_folder",
+            "snapshots",
+        ),
+        ({"flops_profiler": {"enabled": True, "profile_step": 5}}, "profile.steps", [[6, 6]]),
+        ({"flops_profiler": {"enabled": True, "top_modules": 3}}, "profile.top", 3),
     ],
 )
 def test_option(option, key, value):

@@ -23,6 +23,7 @@ FREE_SECTIONS = (
     "parallel",
     "launch",
     "monitor",
+    "profile",
     "eval",
     "data.interventions",
 )

@@ -57,6 +57,7 @@ PATHS = (
     "data.cache",
     "mixing.record",
     "launch.hostfile",
+    "profile.memory_folder",
     "eval.include",
     "eval.results_prefix",
 )

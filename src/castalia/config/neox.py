@@ -22,6 +22,7 @@ from castalia.config.neox_keys import (
 from castalia.config.neox_model import MODEL_RULES
 from castalia.config.neox_mup import MUP_RULES
 from castalia.config.neox_option import Refused
+from castalia.config.neox_profile import PROFILE_RULES
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import TRAINING_RULES
 from castalia.config.neox_schedule import SCHEDULE_RULES
@@ -32,7 +33,7 @@ from castalia.core.errors import nearest
 LAYER_RULES = [*MODEL_RULES, *EXPERT_RULES, *BLOCK_RULES]
 """Those of the model. Experts count from the MLP's width, and layers without attention drop what
 they do not have."""
-LATER_RULES = [*ADAPTER_RULES, *MUP_RULES, *SCHEDULE_RULES]
+LATER_RULES = [*ADAPTER_RULES, *MUP_RULES, *SCHEDULE_RULES, *PROFILE_RULES]
 """Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 OURS = {
@@ -73,7 +74,10 @@ FOLDERS = ("save", "load")
 
 def is_neox(values: Mapping[str, Any]) -> bool:
     """Whether the top-level keys of a YAML file are GPT-NeoX's and not Castalia's."""
-    return not OURS & values.keys() and any(normal(key) in NAMES for key in values)
+    # The one name of both: a section here, a switch there.
+    if OURS & values.keys() or isinstance(values.get("profile"), Mapping):
+        return False
+    return any(normal(key) in NAMES for key in values)
 
 
 def normal(key: object) -> str:

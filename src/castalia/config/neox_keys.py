@@ -10,6 +10,7 @@ Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-d
 from typing import Any
 
 from castalia.config.neox_option import Honoured, Refused
+from castalia.config.neox_profile import FLOPS_HONOURED, FLOPS_IGNORED, PROFILE_OPTIONS
 
 HONOURED: dict[str, Honoured] = {
     "num_layers": Honoured("model.num_layers", "int", plain=True),
@@ -195,6 +196,7 @@ HONOURED: dict[str, Honoured] = {
     "comment": Honoured("launch.slurm.comment", "str", plain=True),
     "s3_path": Honoured("checkpoint.mirror.url", "str"),
     "s3_chunk_size": Honoured("checkpoint.mirror.chunk", "int", 104857600),
+    **PROFILE_OPTIONS,
 }
 
 ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotuning"}
@@ -253,15 +255,14 @@ IGNORED: dict[str, str] = {
     "launching; `castalia launch` does without": """
         force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank
         adlr_autoresume adlr_autoresume_interval detect_nvlink_pairs""",
-    "logging and profiling; metrics.jsonl is always written": """
+    "logging; metrics.jsonl is always written": """
         use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host
         wandb_init_all_ranks git_hash log_dir tensorboard_dir use_comet comet_workspace
         comet_project comet_experiment_name comet_tags comet_others comet_experiment
         peak_theoretical_tflops log_grad_pct_zeros log_param_norm log_grad_norm
         log_optimizer_states log_gradient_noise_scale gradient_noise_scale_n_batches
-        gradient_noise_scale_cpu_offload memory_profiling memory_profiling_path profile
-        profile_step_start profile_step_stop steps_per_print wall_clock_breakdown dump_state
-        flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
+        gradient_noise_scale_cpu_offload steps_per_print wall_clock_breakdown dump_state
+        tensorboard wandb csv_monitor comms_logger char_level_ppl""",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
         config_files checkpoint_validation_with_forward_pass no_save_optim
         no_save_rng checkpoint save_iters zero_allow_untested_optimizer""",
@@ -312,6 +313,7 @@ NESTED_HONOURED = {
     "data_types": "grad_accum_dtype",
     "zero_optimization": "stage",
     "autotuning": "enabled",
+    "flops_profiler": FLOPS_HONOURED,
     "curriculum_learning": """
         enabled curriculum_type min_difficulty max_difficulty schedule_type schedule_config""",
     "curriculum_learning.schedule_config": """
@@ -325,6 +327,7 @@ NESTED_HONOURED = {
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
+    "flops_profiler": FLOPS_IGNORED,
     "data_types": "",
     "soft_prompt_tuning": "",
     "curriculum_learning": "",

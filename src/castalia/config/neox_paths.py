@@ -42,6 +42,8 @@ NESTED_PATHS = {
     "curriculum_learning.schedule_config.root_degree": "curriculum.root_degree",
     "curriculum_learning.schedule_config.difficulty": "curriculum.lengths",
     "curriculum_learning.schedule_config.max_step": "curriculum.until",
+    "flops_profiler.profile_step": "profile.steps",
+    "flops_profiler.top_modules": "profile.top",
     "soft_prompt_tuning.n_tokens": "adapter.tokens",
     "soft_prompt_tuning.num_tokens": "adapter.tokens",
     "soft_prompt_tuning.init_string": "adapter.init_string",

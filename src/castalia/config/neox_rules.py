@@ -147,8 +147,8 @@ def autotuning(o: NeoxOptions, out: NeoxReading) -> None:
     if (o["autotuning"] or {}).get("enabled"):
         note(
             out,
-            "autotuning is not run: train.micro_batch_size is that of the file; castalia show --gpu"
-            " plans the layout",
+            "autotuning is not run: train.micro_batch_size is that of the file; `castalia tune`"
+            " measures it on a machine, and `castalia show --gpu` plans a layout",
             "train.micro_batch_size",
         )
 

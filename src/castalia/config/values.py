@@ -16,14 +16,25 @@ Values = dict[str, Any]
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` as a number, as YAML 1.2 and every researcher do."""
+    """SafeLoader that reads `3e-4` as a number and `10:13` as text, as YAML 1.2 and every
+    researcher do."""
 
 
 # YAML 1.1, which SafeLoader follows, wants a dot and a signed exponent: `3e-4` would be text.
 FLOAT = re.compile(
-    r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.\d*|\.inf|\.nan)$"
+    r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.\d*"
+    r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
+# YAML 1.1 also counts in sixties: `10:13` would be 613. What the other forms of numbers match is
+# read as before.
+SIXTIES = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+INTEGER = re.compile(r"^[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][\d_]*|0x[\da-fA-F_]+)$")
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in SIXTIES]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:

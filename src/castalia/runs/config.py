@@ -34,6 +34,7 @@ from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
 from castalia.models.fp8 import Fp8Config
 from castalia.monitor.config import MonitorConfig
+from castalia.monitor.profiler.config import ProfileConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
 from castalia.optim.base import ITEM_BYTES, same
 from castalia.optim.loss_scale import LossScaleConfig
@@ -175,6 +176,7 @@ class RunConfig(Config):
     parallel: Annotated[ParallelConfig, AT_RESUME] = ParallelConfig()
     launch: Annotated[LaunchConfig, AT_RESUME] = LaunchConfig()
     monitor: Annotated[MonitorConfig, AT_RESUME] = MonitorConfig()
+    profile: Annotated[ProfileConfig, AT_RESUME] = ProfileConfig()
     eval: Annotated[EvalConfig, AT_RESUME] = EvalConfig()
     hooks: Annotated[list[str], AT_RESUME] = []
     """Further hooks by their `module:Class`; they run after the standard ones."""

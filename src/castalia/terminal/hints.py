@@ -34,7 +34,6 @@ WANTED = {
     "finetune": FINETUNE,
     "fine-tune": FINETUNE,
     "fine_tune": FINETUNE,
-    "tune": FINETUNE,
     "sft": FINETUNE,
     "lora": FINETUNE,
     "dpo": FINETUNE,

@@ -22,6 +22,7 @@ from castalia.train.hooks import (
     Hook,
     Metrics,
     MirrorRun,
+    Profile,
     RecordMixture,
     Save,
     StepLine,
@@ -129,7 +130,7 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
     The order matters: validation and evaluation add to the metrics before they are written, and
     these before a checkpoint is, so that a resume never finds a step without its line. Damaged data
     end the run before either. The mirror ends after the last save, since the last of the list is
-    closed first.
+    closed first. The profile comes last: what it records includes the others.
     """
     return [
         stopper or StopOnSignal(),
@@ -141,6 +142,7 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
         StepLine(),
         MirrorRun(),
         Save(),
+        Profile(),
     ]
 
 

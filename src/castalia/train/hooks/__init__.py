@@ -4,6 +4,7 @@ from castalia.runs.hook import Hook, Step
 from castalia.train.hooks.evaluate import Evaluate
 from castalia.train.hooks.metrics import Metrics
 from castalia.train.hooks.mirror import MirrorRun
+from castalia.train.hooks.profile import Profile
 from castalia.train.hooks.record_mixture import RecordMixture
 from castalia.train.hooks.save import Save
 from castalia.train.hooks.signals import StopOnSignal
@@ -16,6 +17,7 @@ __all__ = [
     "Hook",
     "Metrics",
     "MirrorRun",
+    "Profile",
     "RecordMixture",
     "Save",
     "Step",

@@ -1,0 +1,1 @@
+"""Recording a few steps: where their time and their memory go, operation by operation."""

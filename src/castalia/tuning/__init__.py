@@ -1,0 +1,1 @@
+"""The fastest way to compute a run on one machine, measured; no choice makes another run of it."""
