@@ -15,6 +15,7 @@ from castalia.checkpoint.mirror import Mirror, logs_of
 from castalia.checkpoint.mirroring import Mirroring
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.data import IndexedDatasetWriter
+from castalia.integrity.checking import check_folders
 from castalia.recipes import load_config
 from castalia.runs.hook import Hook
 from castalia.storage import ObjectStore, StorageError, Transfer
@@ -173,6 +174,11 @@ def test_resume_elsewhere_finds_a_flipped_byte(killed, train, whole, tmp_path, c
     content = bytearray(store.read(name))
     content[len(content) // 2] ^= 1
     store.write(name, bytes(content))
+    (checked,) = check_folders([url])
+    assert [file.fault for file in checked.damaged] == [
+        f"{url}/{name} is damaged: its SHA-256 is not the one of its save"
+    ]
+    assert len(checked.files) > 12 and not checked.uncovered
     elsewhere = tmp_path / "run"
     capsys.readouterr()
     train(elsewhere, f"checkpoint.mirror={url}")

@@ -17,7 +17,7 @@ Paths = Annotated[
     list[str],
     typer.Argument(
         metavar="PATH...",
-        help="Runs, checkpoints, exports, token files, or folders of these.",
+        help="Runs, checkpoints, exports, token files, folders of these, or mirrors.",
     ),
 ]
 
@@ -33,6 +33,8 @@ def verify(paths: Paths, as_json: AsJson = False) -> None:
       castalia verify runs/debug
 
       castalia verify exports/ct2-int8 data/train --json
+
+      castalia verify s3://bucket/runs/first
     """
     from castalia.integrity.checking import check_folders
 

@@ -9,8 +9,10 @@ from typing import Any
 from castalia.checkpoint.find import WANTED_STEP, find_checkpoint, folder_of
 from castalia.core.errors import ConfigError
 from castalia.core.hub import did_you_mean
+from castalia.integrity import mirrors
 from castalia.integrity.kinds import CheckedFile, FolderKind
 from castalia.integrity.registered import FOLDER_KINDS
+from castalia.storage.urls import is_url
 
 OnFolder = Callable[[str], object]
 
@@ -47,6 +49,12 @@ def check_folders(
     Raises  ConfigError for a path at which nothing of ours lies.
     """
     for word in paths:
+        if is_url(word):
+            url = str(word).rstrip("/")
+            if on_folder:
+                on_folder(url)
+            yield CheckedFolder(url, mirrors.NAME, list(mirrors.check_mirror(url)))
+            continue
         path = meant(word)
         found = False
         for kind, folder in folders_of_ours(path):
