@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +16,13 @@ from castalia.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 """The folder above src/ where the package runs from a clone; anything else where it does not."""
+
+NOTICES_OF_TORCHAO = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+}
+"""What is logged while torchao is imported, by logger: it has libraries for other machines than
+this one."""
 
 
 class Extra(NamedTuple):
@@ -86,6 +97,28 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise ConfigError(
             f"{purpose} needs {module!r}, which is not installed: {pip_command(extra)}"
         ) from None
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Import torchao, or what imports it, without its notices about kernels that do not load here.
+
+    transformers imports it with its first model. Other messages of the same loggers are shown.
+    """
+    filters = {}
+    for name, notice in NOTICES_OF_TORCHAO.items():
+        filters[name] = partial(is_other_message, notice)
+        logging.getLogger(name).addFilter(filters[name])
+    try:
+        yield
+    finally:
+        for name, one in filters.items():
+            logging.getLogger(name).removeFilter(one)
+
+
+def is_other_message(notice: str, record: logging.LogRecord) -> bool:
+    """Whether a message is not `notice`."""
+    return notice not in record.getMessage()
 
 
 def pip_command(extra: str) -> str:

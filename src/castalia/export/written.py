@@ -10,7 +10,7 @@ from torch import Tensor
 
 from castalia.checkpoint.hf import DTYPES
 from castalia.core.errors import CastaliaError
-from castalia.core.extras import require
+from castalia.core.extras import quiet_torchao, require
 from castalia.export.certificate import Logits, Reader, own_program, torch_reader
 from castalia.formats.saved_model import open_model
 from castalia.inference.exported import ExportFolder
@@ -47,7 +47,8 @@ def transformers_reader(folder: Path, numbers: str, head: str) -> Reader:
     library: Any = require("transformers", "hf", "the certificate of a Hugging Face folder")
 
     def opened() -> Logits:
-        with quiet(library):
+        # Its first model imports torchao, if that is installed.
+        with quiet(library), quiet_torchao():
             try:
                 # As it loads the file itself: casting the model afterwards would round its rotary
                 # frequencies, too, which stay in fp32.

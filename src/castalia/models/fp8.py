@@ -6,7 +6,6 @@ and so does attention. Needs torch and torchao only where it changes a model.
 Source  Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
-import logging
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,7 @@ from pydantic import model_validator
 
 from castalia.config.base import Config
 from castalia.core.errors import ConfigError, nearest
-from castalia.core.extras import require
+from castalia.core.extras import quiet_torchao, require
 
 if TYPE_CHECKING:
     import torch
@@ -83,13 +82,9 @@ def import_float8() -> Any:
 
     Raises  ConfigError if torchao is missing.
     """
-    # It warns of each of its own kernels that this machine cannot load; none of them is used here.
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    # None of its own kernels is used here.
+    with quiet_torchao():
         return require("torchao.float8", EXTRA, "precision=fp8")
-    finally:
-        logging.disable(disabled)
 
 
 def cast_input(module: "nn.Module", inputs: "tuple[Tensor, ...]") -> "tuple[Tensor, ...]":
