@@ -102,8 +102,7 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Iterator[Reader]:
-    modules = ("castalia.cli", "castalia.export", "castalia.inference", "castalia.train.run")
-    shell = ForkedShell(tmp_path_factory.mktemp("reader"), *modules)
+    shell = ForkedShell(tmp_path_factory.mktemp("reader"), "warm_reader")
     yield Reader(shell)
     shell.close()
 

@@ -205,13 +205,13 @@ def test_one_job_at_a_time_and_it_can_be_cancelled():
     with pytest.raises(BusyError, match="another job runs"):
         jobs.start({}, lambda: (0, iter(())))
     jobs.cancel()
-    job.thread.join(10)
+    job.thread.join(120)
     assert jobs.report()["state"] == "cancelled"
 
     def fails():
         raise DataError("no such row")
 
-    jobs.start({}, fails).thread.join(10)
+    jobs.start({}, fails).thread.join(120)
     assert jobs.report()["state"] == "failed" and jobs.report()["error"] == "no such row"
 
 

@@ -41,12 +41,12 @@ def visit(visit: Visit) -> Visit:
 def until(page: Any, condition: str) -> None:
     """Wait until a condition in JavaScript holds. playwright's own waiting needs eval, which the
     policy of the page forbids."""
-    end = time.monotonic() + 40
+    end = time.monotonic() + 120
     while time.monotonic() < end:
         if page.evaluate(condition):
             return
         page.wait_for_timeout(20)
-    raise AssertionError(f"not within 40 s: {condition}")
+    raise AssertionError(f"not within 120 s: {condition}")
 
 
 def says(page: Any, reader: str, text: str) -> None:

@@ -341,7 +341,7 @@ def test_two_runs_do_not_save_in_one_folder_at_once(tmp_path, monkeypatch):
     may_write = threading.Event()
     write = HashedFile.write
     monkeypatch.setattr(
-        HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data)
+        HashedFile, "write", lambda self, data: may_write.wait(120) and write(self, data)
     )
     first, second = Store(tmp_path), Store(tmp_path, patience=0.1)
     first.save(1, values(1), {})

@@ -153,7 +153,7 @@ def test_values_may_change_as_soon_as_save_returns(tmp_path, tensors, monkeypatc
     may_write = threading.Event()
     write = HashedFile.write
     monkeypatch.setattr(
-        HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data)
+        HashedFile, "write", lambda self, data: may_write.wait(120) and write(self, data)
     )
     store = Store(tmp_path)
     for step in (1, 2):  # the second save uses the first one's buffers

@@ -71,7 +71,7 @@ def test_killing_a_pool_ends_its_workers_and_no_other_child():
         stuck = pool.submit(time.sleep, 60)
         pool.kill()
         with pytest.raises(BrokenProcessPool):
-            stuck.result(timeout=20)
+            stuck.result(timeout=50)
         assert other.poll() is None and beside.submit(os.getpid).result() == own
         other.kill()
 

@@ -185,7 +185,7 @@ def test_the_thread_reads_a_step_ahead_and_no_further(rows):
     object.__setattr__(loader.reader, "read", noted)
     batches = iter(loader)
     next(batches)
-    assert waiting.wait(20)
+    assert waiting.wait(120)
     assert not threading.Event().wait(0.1)
     assert asked == [0, 1, 2]
     batches.close()

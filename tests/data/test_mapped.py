@@ -38,7 +38,7 @@ def forget(path):
 
 def fetched(buffer, pages):
     """Wait until just these pages are there."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while resident(buffer) != pages:
         assert time.monotonic() < deadline, resident(buffer)
         time.sleep(0.01)

@@ -210,7 +210,7 @@ def start(*arguments):
 def test_of_several_processes_one_builds(cache, tmp_path):
     crowd = [start(cache.folder, tmp_path / "log") for _ in range(4)]
     for process in crowd:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in crowd] == [0] * 4
     assert len((tmp_path / "log").read_text().split()) == 1
 
@@ -224,7 +224,7 @@ def test_a_killed_builder_is_followed_by_another(cache, tmp_path):
     time.sleep(0.3)
     os.kill(first.pid, signal.SIGKILL)
     for process in others:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in others] == [0, 0]
     assert len(log.read_text().split()) == 2
 

@@ -89,15 +89,17 @@ def two(words, task_folder, folder) -> Path:
         tasks = f"eval.tasks=[{path},{task_folder / 'pages_local.yaml'}]"
         runs.append(words(f"one {name}", tasks, "train.micro_batch_size=1", "eval.at_start=false"))
     spec = folder / "runs.json"
-    spec.write_text(json.dumps([{"arguments": each} for each in runs]))
+    spec.write_text(json.dumps([{"ranks": 2, "runs": [{"arguments": each} for each in runs]}]))
     command = [
         sys.executable,
         "-W",
         "ignore",
         "-m",
-        "tests.distributed.forked_runs",
-        "2",
+        "tests.distributed.several_runs",
         str(spec),
+        # Loaded before the forks.
+        "castalia.eval.harness.evaluate",
+        "castalia.eval.harness.model",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}

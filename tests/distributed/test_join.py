@@ -117,13 +117,13 @@ def test_no_address_at_all(monkeypatch):
 def test_a_store_that_outlived_a_meeting_does_not_mislead_the_next():
     """As under torchrun: entries of dead ranks stand in the store before the new rank 0 calls."""
     store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=10))
+    store.set_timeout(timedelta(seconds=120))
     names = []
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
-            others = [pool.submit(call_together, store, rank, 3, 10.0) for rank in (1, 2)]
+            others = [pool.submit(call_together, store, rank, 3, 120.0) for rank in (1, 2)]
             time.sleep(0.1)
-            first = pool.submit(call_together, store, 0, 3, 10.0)
+            first = pool.submit(call_together, store, 0, 3, 120.0)
             (name,) = {future.result() for future in (first, *others)}
         names.append(name)
     assert len(set(names)) == 3

@@ -20,6 +20,7 @@ from castalia.models.stages import split
 from castalia.recipes import resolve
 from castalia.train.run import run
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE = (
     "debug",
     "model.num_layers=4",
@@ -132,64 +133,54 @@ def of_model(base: tuple[str, ...], model: str) -> list[str]:
     return [*base, *(text.format(prefix) for text in MODELS[model])]
 
 
-def launch(processes: int, runs: list[dict], folder: Path) -> None:
-    """Train them all in one set of processes."""
-    spec = folder / "runs.json"
-    spec.write_text(json.dumps(runs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [
-        f"--nproc-per-node={processes}",
-        str(Path(__file__).with_name("several_runs.py")),
-        str(spec),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def all_of(
-    processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict] | None = None
-) -> Path:
-    """The folder with a run of each case, and the runs that move between layouts."""
+def runs_of(
+    processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict]
+) -> dict:
+    """A group of several_runs.py: a run of each case, those that move between layouts, and more."""
     runs = [
-        {"arguments": [*of_model(base, model), *layout, f"output={folder / name}"], "poison": None}
+        {"arguments": [*of_model(base, model), *layout, f"output={folder / name}"]}
         for name, (model, layout) in cases.items()
     ]
     for name, (size, model, before, after) in MOVES.items():
         if size == processes:
             common = [*of_model(base, model), f"output={folder / name}"]
-            runs += [{"arguments": [*common, *before, "train.steps=3"], "poison": None}]
-            runs += [{"arguments": [*common, *after], "poison": None}]
-    launch(processes, runs + (more or []), folder)
-    return folder
+            runs += [{"arguments": [*common, *before, "train.steps=3"]}]
+            runs += [{"arguments": [*common, *after]}]
+    return {"ranks": processes, "runs": runs + more}
 
 
 @pytest.fixture(scope="module")
-def two(base, tmp_path_factory) -> Path:
-    """Runs on two processes; one of them with a NaN in the first stage."""
-    folder = tmp_path_factory.mktemp("two")
-    poisoned = [*base, PP2, f"output={folder / 'poisoned'}"]
-    begun = [*of_model(base, "tied"), PP2, "train.steps=3", f"output={folder / 'begun'}"]
-    more = [{"arguments": poisoned, "poison": 2}, {"arguments": begun, "poison": None}]
+def folders(base, tmp_path_factory) -> dict[int, Path]:
+    """Folders with all runs on two ranks, and on four; one program forks the ranks of both."""
+    two, four = (tmp_path_factory.mktemp(name) for name in ("two", "four"))
+    poisoned = [*base, PP2, f"output={two / 'poisoned'}"]
+    begun = [*of_model(base, "tied"), PP2, "train.steps=3", f"output={two / 'begun'}"]
+    more = [{"arguments": poisoned, "poison": 2}, {"arguments": begun}]
     cases = TWO_PROCESSES | {name: ("no targets", layout) for name, layout in NO_TARGETS.items()}
-    return all_of(2, cases, base, folder, more)
+    groups = [
+        runs_of(2, cases, base, two, more),
+        runs_of(4, FOUR_PROCESSES, base, four, []),
+    ]
+    spec = two / "runs.json"
+    spec.write_text(json.dumps(groups))
+    command = [sys.executable, "-m", "tests.distributed.several_runs", str(spec)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
+    done = subprocess.run(command, **options, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {2: two, 4: four}
 
 
 @pytest.fixture(scope="module")
-def four(base, tmp_path_factory) -> Path:
+def two(folders) -> Path:
+    """Runs on two processes; one of them with a NaN in the first stage."""
+    return folders[2]
+
+
+@pytest.fixture(scope="module")
+def four(folders) -> Path:
     """Runs on four processes."""
-    return all_of(4, FOUR_PROCESSES, base, tmp_path_factory.mktemp("four"))
+    return folders[4]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -243,9 +234,9 @@ def test_compositions_equal_one_process(four, alone, name):
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_checkpoint_moves_between_layouts(two, four, alone, name):
+def test_a_checkpoint_moves_between_layouts(folders, alone, name):
     processes, model, _, _ = MOVES[name]
-    require_equal({2: two, 4: four}[processes] / name, alone(model))
+    require_equal(folders[processes] / name, alone(model))
 
 
 def test_one_process_goes_on_from_two_stages(two, alone, base):

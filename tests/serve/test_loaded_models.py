@@ -60,7 +60,7 @@ class FakeModels:
 
     def load(self, name: str) -> LoadedModel:
         self.loads.append(name)
-        assert self.gate.wait(10)
+        assert self.gate.wait(120)
         if name in self.broken:
             raise RuntimeError("a kernel failed")
         model: Any = SimpleNamespace(engine=FakeEngine())
@@ -101,12 +101,12 @@ def start(fake: FakeModels) -> Iterator[Callable[..., LoadedModels]]:
     yield make
     for models in made:
         models.close()
-        models.thread.join(5)
+        models.thread.join(120)
         assert not models.thread.is_alive()
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, 10 s at most."""
+    """Wait for it, two minutes at most: the machine may be busy."""
     end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not happen"
