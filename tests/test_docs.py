@@ -107,6 +107,8 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     shell.close()
 
 
+# A page that is asked for alone runs all before it, and each command has a limit of its own.
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page, reader):
     reader.read(page)

@@ -114,7 +114,11 @@ def moves(
         exact = saved.keys() == again.keys() and all(
             torch.equal(saved[name], again[name]) for name in saved
         )
-        yield source, target, grid.compare(path, straight) | {"exact": exact, "tensors": len(saved)}
+        yield (
+            source,
+            target,
+            grid.compare(path, straight, END) | {"exact": exact, "tensors": len(saved)},
+        )
 
 
 def main() -> int:

@@ -31,6 +31,7 @@ def grid(*options: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.timeout(1600)
 def test_the_core_equals_one_process():
     done = grid()
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -54,6 +55,7 @@ def sabotaged(tmp_path_factory):
     return found
 
 
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_plan_fails(sabotaged, wrong):
     found = sabotaged[f"{wrong} ({WRONG[wrong]})"]

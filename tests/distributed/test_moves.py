@@ -18,6 +18,7 @@ def moves(*options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.timeout(1600)
 def test_moves_between_kinds_of_layout():
     moves()
 

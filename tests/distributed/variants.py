@@ -72,7 +72,7 @@ PLAIN = {
     ),
     "curriculum and ramp": (
         "train.micro_batch_size=2",
-        "train.batch_ramp=[4,4,20]",
+        "train.batch_ramp=[4,4,8]",
         "curriculum.kind=linear",
         "curriculum.shortest=4",
         "curriculum.length_step=4",

@@ -9,12 +9,13 @@ import torch
 from tests.inference.test_native_families import COMPILED, config_of, native, random_model
 
 from castalia.core.errors import ConfigError
+from castalia.eval.likelihoods import readers
 from castalia.eval.likelihoods.prefixes import sections_of
 from castalia.eval.likelihoods.readers import DecoderReader
 from castalia.eval.likelihoods.scoring import Likelihood, Line, score_lines
-from castalia.inference import quick
+from castalia.inference import native_engine, quick
 from castalia.inference.engine import Engine
-from castalia.inference.native_engine import NativeEngine
+from castalia.inference.native_engine import NativeEngine, NativeSlots
 from castalia.inference.quick import quick_model
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -119,6 +120,44 @@ def test_the_native_engine_scores_in_its_own_arithmetic(storage: str) -> None:
     engine = native(random_model(config_of("mistral")), storage)
     assert engine.compiled is not None
     require_equal(engine, some_lines())
+
+
+@COMPILED
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+def test_predictions_without_logits_are_those_of_the_logits(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(config_of("mistral"))
+    lines = some_lines()
+    for token in range(10):
+        logits = native(model, storage).logits([token, 7])
+        lines.append(line([token, 7], [int(logits[-1, :257].argmax())]))
+    with torch.no_grad():
+        # Half of the time a padding token is the largest, and no line's continuation is greedy.
+        model.head_weight[257:] = 1.02 * model.head_weight[: len(model.head_weight) - 257]
+    engine = native(model, storage)
+    asked = []
+    predict = NativeSlots.predict
+
+    def counted(slots: Any, *given: Any) -> Any:
+        for found in predict(slots, *given):
+            asked.append(len(found.losses))
+            yield found
+
+    monkeypatch.setattr(NativeSlots, "predict", counted)
+    several = score_lines(engine, lines, rows=4)
+    assert sum(asked) > 100
+    # Passes of a few tokens, of some of which nothing is asked.
+    monkeypatch.setattr(native_engine, "ROWS_AT_ONCE", 7)
+    in_parts = score_lines(engine, lines, rows=4)
+    monkeypatch.setattr(readers, "NativeSlots", ())
+    del asked[:]
+    want = score_lines(engine, lines, rows=4)
+    assert not asked and {one.greedy for one in want} == {True, False}
+    for scored in (several, in_parts):
+        assert [one.greedy for one in scored] == [one.greedy for one in want]
+        logprobs = [one.logprob for one in scored]
+        assert logprobs == pytest.approx([one.logprob for one in want], rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize("case", ["layers in turn", "rpe", "gpt2", "llama"])

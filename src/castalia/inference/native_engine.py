@@ -26,7 +26,7 @@ from castalia.inference.torch_slots import model_slots
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
 from castalia.native.cache import CACHES, require_cache, token_bytes
-from castalia.native.choosing import label_losses
+from castalia.native.choosing import Ids, Predictions, label_losses, predictions
 from castalia.native.compiled import library
 from castalia.native.decoder import PackedDecoder, kernel_decoder, scoring_decoder
 from castalia.native.fused import FusedForward
@@ -101,6 +101,34 @@ class NativeSlots(Slots):
             logits = self.run(part, inside)
             if inside:
                 yield logits
+
+    def predict(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], places: Ids, labels: Ids
+    ) -> Iterator[Predictions]:
+        """Append tokens to some slots, and compare what follows some of them with labels.
+
+        Takes   places: ascending, in the tokens of all slots one after the other.
+        Shapes  places, labels (W,) int64; parts of W together, in their order.
+        """
+        parts = []
+        for slot, ids in zip(slots, tokens, strict=True):
+            start = self.lengths[slot]
+            positions = np.arange(start, start + len(ids))
+            parts.append(np.stack([np.array(ids), np.full(len(ids), slot), positions]))
+            self.lengths[slot] += len(ids)
+        placed = np.concatenate(parts, 1, dtype=np.int64)
+        threads = torch.get_num_threads()
+        for start in range(0, placed.shape[1], ROWS_AT_ONCE):
+            columns = np.ascontiguousarray(placed[:, start : start + ROWS_AT_ONCE])
+            begin, end = np.searchsorted(places, [start, start + columns.shape[1]])
+            pick = places[begin:end] - start
+            own = np.ascontiguousarray(labels[begin:end])
+            if len(pick):
+                yield predictions(self.forward, self.cache, tuple(columns), pick, own, threads)
+            else:
+                # Others come behind these tokens.
+                ids, owners, positions = columns.tolist()
+                self.forward.run(self.cache, ids, owners, positions, [])
 
     def run(self, placed: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
         """One pass over (token, slot, position) each; logits of the tokens picked."""

@@ -140,25 +140,36 @@ class Chooser:
         return choice
 
 
-def label_losses(
-    forward: FusedForward, cache: FusedCache, tokens: Ids, labels: Ids, start: int, threads: int
-) -> Floats:
-    """Append M tokens to the first slot, which holds `start`; cross-entropies of what follows each.
+class Predictions(NamedTuple):
+    """What the head says of W places, beside their labels."""
 
-    Shapes  tokens, labels (M,) contiguous int64 -> (M,) float32, in nats, over the padded
-            vocabulary. The logits stay in the processor's cache, some columns at a time.
+    likeliest: Ids
+    """(W,) the token of the largest logit over the padded vocabulary, the first among equals."""
+    losses: Floats
+    """(W,) cross-entropy of the labels in nats, over the padded vocabulary."""
+
+
+def predictions(
+    forward: FusedForward,
+    cache: FusedCache,
+    placed: tuple[Ids, Ids, Ids],
+    pick: Ids,
+    labels: Ids,
+    threads: int,
+) -> Predictions:
+    """Read M tokens, and compare what follows those picked, ascending, with their labels.
+
+    Takes   placed: tokens, slots and positions, (M,) each.
+    Shapes  pick, labels (W,), contiguous int64. The logits stay in the processor's cache, some
+            columns at a time.
     """
-    count = len(tokens)
-    slots = np.zeros(count, np.int64)
-    positions = np.arange(start, start + count)
-    pick = np.arange(count)
-    best = np.empty(count, np.int64)
-    gaps = np.empty(count, np.float32)
-    losses = np.empty(count, np.float32)
-    places = (array.ctypes.data for array in (tokens, slots, positions))
-    batch = CBatch(count, *places, count, pick.ctypes.data, None)
-    choice = CChoice(near=0.0, tokens=forward.weights.config.vocab_size)
-    choice.best = best.ctypes.data
+    likeliest = np.empty(len(pick), np.int64)
+    gaps = np.empty(len(pick), np.float32)
+    losses = np.empty(len(pick), np.float32)
+    places = (array.ctypes.data for array in placed)
+    batch = CBatch(len(placed[0]), *places, len(pick), pick.ctypes.data, None)
+    choice = CChoice(near=0.0, tokens=forward.weights.config.padded_vocab_size)
+    choice.best = likeliest.ctypes.data
     choice.gap = gaps.ctypes.data
     choice.label = labels.ctypes.data
     choice.loss = losses.ctypes.data
@@ -170,8 +181,20 @@ def label_losses(
         threads,
     )
     if failed:
-        raise MemoryError(f"no memory for a pass over {count} tokens")
-    return losses
+        raise MemoryError(f"no memory for a pass over {len(placed[0])} tokens")
+    return Predictions(likeliest, losses)
+
+
+def label_losses(
+    forward: FusedForward, cache: FusedCache, tokens: Ids, labels: Ids, start: int, threads: int
+) -> Floats:
+    """Append M tokens to the first slot, which holds `start`; cross-entropies of what follows each.
+
+    Shapes  tokens, labels (M,) contiguous int64 -> (M,) float32; see `predictions`.
+    """
+    count = len(tokens)
+    placed = (tokens, np.zeros(count, np.int64), np.arange(start, start + count))
+    return predictions(forward, cache, placed, np.arange(count), labels, threads).losses
 
 
 def fits(cache: FusedCache, count: int, length: int) -> bool:

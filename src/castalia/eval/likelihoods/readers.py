@@ -2,16 +2,19 @@
 
 A reader answers with logits in parts, (positions, V) together, of the tokens wanted: those of each
 row from place `firsts[row]` on. A part is valid until the next one is asked for, and all parts have
-to be taken before the next call.
+to be taken before the next call. The compiled step answers with what is made of the logits alone.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from castalia.inference.engine import Engine, ScoringModel, Slots
+from castalia.inference.native_engine import NativeSlots
 from castalia.inference.torch_slots import device_of, padded
 from castalia.models import Decoder, ModelState
 
@@ -27,6 +30,35 @@ PART_ROWS = {"cpu": 128}
 Larger buffers are returned to the system and mapped again for every part."""
 PART_ROWS_DEVICE = 2048
 """The same on a GPU: 412 MB."""
+MOST_SEVERAL = 0.2
+"""Share of labels at positions that have one already, up to which logits are not stored: they save
+about a third of the time where each position has one label."""
+
+
+class Wanted(NamedTuple):
+    """The predictions that lines take from some rows of one pass.
+
+    `firsts` has a place for each row: tokens from there on are wanted. Of these positions, numbered
+    through all rows, `positions` holds the one that each prediction is made at, in ascending order;
+    `labels` the token predicted, `owners` the line; int64 each.
+    """
+
+    firsts: list[int]
+    positions: Tensor
+    labels: Tensor
+    owners: Tensor
+
+
+class Predicted(NamedTuple):
+    """The next n predictions of those wanted, in place of the logits."""
+
+    logprobs: Tensor
+    """(n,) float32, of the labels."""
+    likeliest: Tensor
+    """(n,) int64, the first largest token."""
+
+
+Parts = Iterator[Tensor] | Iterator[Predicted]
 
 
 class Reader(ABC):
@@ -44,15 +76,15 @@ class Reader(ABC):
     """Whether padding changes the logits, so that all rows of a pass must be equally long."""
 
     @abstractmethod
-    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+    def header(self, ids: Sequence[int], wanted: Wanted, rows: int, length: int) -> Parts:
         """Begin a section: `rows` rows of `length` tokens at most, which begin with `ids`."""
 
     @abstractmethod
-    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+    def stems(self, rows: Rows, wanted: Wanted, room: int) -> Parts:
         """Read stems after the header; `room` is the length of the longest branch."""
 
     @abstractmethod
-    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+    def branches(self, rows: Rows, wanted: Wanted) -> Parts:
         """Read branches after the first stems, and forget earlier branches."""
 
 
@@ -80,7 +112,7 @@ class DecoderReader(Reader):
         """An empty state."""
         return self.decoder.new_state(rows, length, self.dtype, self.device)
 
-    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+    def header(self, ids: Sequence[int], wanted: Wanted, rows: int, length: int) -> Parts:
         """See `Reader`."""
         # First, because the new one may need the memory.
         self.whole = None
@@ -89,13 +121,13 @@ class DecoderReader(Reader):
         if not ids:
             return iter(())
         one = self.new_state(1, len(ids))
-        parts = self.read([ids], [first], one)
+        parts = self.read([ids], wanted.firsts, one)
         self.whole = self.new_state(rows, length)
         with torch.inference_mode():
             self.whole.write_rows(range(rows), one)
         return parts
 
-    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+    def stems(self, rows: Rows, wanted: Wanted, room: int) -> Parts:
         """See `Reader`."""
         self.state = None
         self.ends = [self.header_length + len(ids) for ids in rows]
@@ -103,12 +135,12 @@ class DecoderReader(Reader):
             self.state = cut_back(self.whole, [self.header_length] * len(rows))
         elif room:
             self.state = self.new_state(len(rows), max(self.ends) + room)
-        return self.read(rows, firsts, self.state)
+        return self.read(rows, wanted.firsts, self.state)
 
-    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+    def branches(self, rows: Rows, wanted: Wanted) -> Parts:
         """See `Reader`."""
         assert self.state is not None
-        return self.read(rows, firsts, cut_back(self.state, self.ends[: len(rows)]))
+        return self.read(rows, wanted.firsts, cut_back(self.state, self.ends[: len(rows)]))
 
     @torch.inference_mode()
     def read(self, rows: Rows, firsts: Sequence[int], state: ModelState | None) -> Iterator[Tensor]:
@@ -154,32 +186,54 @@ class SlotReader(Reader):
         # Asked of slots: the engine does not know.
         self.copies = engine.scoring_slots(1, 1).rewinds  # type: ignore[union-attr]
 
-    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+    def header(self, ids: Sequence[int], wanted: Wanted, rows: int, length: int) -> Parts:
         """See `Reader`."""
         slots = self.slots = self.engine.scoring_slots(rows, length)
         assert slots is not None
         self.header_length = len(ids)
         if ids:
-            yield from slots.feed_from([0], [ids], [first])
+            yield from self.append(slots, [ids], wanted)
             for slot in range(1, rows):
                 slots.copy(0, slot, len(ids))
 
-    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+    def stems(self, rows: Rows, wanted: Wanted, room: int) -> Parts:
         """See `Reader`."""
         self.ends = [self.header_length + len(ids) for ids in rows]
-        return self.read(rows, firsts, [self.header_length] * len(rows))
+        return self.read(rows, wanted, [self.header_length] * len(rows))
 
-    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+    def branches(self, rows: Rows, wanted: Wanted) -> Parts:
         """See `Reader`."""
-        return self.read(rows, firsts, self.ends[: len(rows)])
+        return self.read(rows, wanted, self.ends[: len(rows)])
 
-    def read(self, rows: Rows, firsts: Sequence[int], kept: Sequence[int]) -> Iterator[Tensor]:
+    def read(self, rows: Rows, wanted: Wanted, kept: Sequence[int]) -> Parts:
         """Cut the first slots back to `kept` tokens, and append rows."""
         assert self.slots is not None
         for slot, length in enumerate(kept):
             if length < self.slots.lengths[slot]:
                 self.slots.copy(slot, slot, length)
-        yield from self.slots.feed_from(range(len(rows)), rows, firsts)
+        return self.append(self.slots, rows, wanted)
+
+    def append(self, slots: Slots, rows: Rows, wanted: Wanted) -> Parts:
+        """Append rows to the first slots."""
+        labels = len(wanted.labels)
+        # Several labels of one position, such as choices of one token, are looked up in its logits;
+        # else each would be a row of the head's product.
+        several = int((wanted.positions.diff() == 0).sum())
+        if isinstance(slots, NativeSlots) and several <= MOST_SEVERAL * labels:
+            return self.predicted(slots, rows, wanted)
+        return slots.feed_from(range(len(rows)), rows, wanted.firsts)
+
+    def predicted(self, slots: NativeSlots, rows: Rows, wanted: Wanted) -> Iterator[Predicted]:
+        """Append rows, and compare with the labels without storing logits."""
+        offered = []
+        before = 0
+        for ids, first in zip(rows, wanted.firsts, strict=True):
+            offered.append(np.arange(before + first, before + len(ids)))
+            before += len(ids)
+        places = np.concatenate(offered)[wanted.positions.numpy()]
+        for part in slots.predict(range(len(rows)), rows, places, wanted.labels.numpy()):
+            losses, likeliest = map(torch.from_numpy, (part.losses, part.likeliest))
+            yield Predicted(-losses, likeliest)
 
 
 class TextReader(Reader):
@@ -193,20 +247,20 @@ class TextReader(Reader):
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+    def header(self, ids: Sequence[int], wanted: Wanted, rows: int, length: int) -> Parts:
         """See `Reader`; plans without copies have no headers."""
         return iter(())
 
-    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+    def stems(self, rows: Rows, wanted: Wanted, room: int) -> Parts:
         """See `Reader`."""
-        for ids, first in zip(rows, firsts, strict=True):
+        for ids, first in zip(rows, wanted.firsts, strict=True):
             at = 0
             for part in self.engine.logits_in_parts(ids):
                 skipped = min(max(0, first - at), len(part))
                 at += len(part)
                 yield part[skipped:]
 
-    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+    def branches(self, rows: Rows, wanted: Wanted) -> Parts:
         """See `Reader`; plans without copies have no branches."""
         raise AssertionError("a plan without copies has no branches")
 

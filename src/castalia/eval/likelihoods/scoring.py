@@ -13,7 +13,7 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.eval.likelihoods.prefixes import Group, Section, Span, sections_of, separate
-from castalia.eval.likelihoods.readers import Reader, Rows, reader_of
+from castalia.eval.likelihoods.readers import Predicted, Reader, Rows, Wanted, reader_of
 from castalia.inference.engine import Engine
 from castalia.models.model_config import ModelConfig
 
@@ -97,20 +97,6 @@ def require_lines(config: ModelConfig, lines: Sequence[Line]) -> None:
                 )
 
 
-class Wanted(NamedTuple):
-    """The predictions that lines take from some rows of one pass.
-
-    `firsts` has a place for each row: tokens from there on are wanted. Of these positions, numbered
-    through all rows, `positions` holds the one that each prediction is made at, in ascending order;
-    `labels` the token predicted, `owners` the line; int64 each.
-    """
-
-    firsts: list[int]
-    positions: Tensor
-    labels: Tensor
-    owners: Tensor
-
-
 class Scoring:
     """The lines of one call, their plan, and sums over the tokens of each."""
 
@@ -145,8 +131,7 @@ class Scoring:
         rows = max((len(batch) for batch in batches), default=1)
         ids = self.inputs[header.lines[0]][: header.end] if header.lines else ()
         wanted = self.wanted([header] if ids else [])
-        first = wanted.firsts[0] if ids else 0
-        self.add(self.reader.header(ids, first, rows, length), wanted)
+        self.add(self.reader.header(ids, wanted, rows, length), wanted)
         yield [line for line in header.lines if len(self.inputs[line]) == header.end]
         for batch in batches:
             yield self.read_batch(batch)
@@ -184,11 +169,11 @@ class Scoring:
         stems = [group.stem for group in batch]
         wanted = self.wanted(stems)
         room = max(longest_branch(group) for group in batch)
-        self.add(self.reader.stems(self.tokens(stems), wanted.firsts, room), wanted)
+        self.add(self.reader.stems(self.tokens(stems), wanted, room), wanted)
         for number in range(len(batch[0].branches)):
             spans = [group.branches[number] for group in batch if number < len(group.branches)]
             wanted = self.wanted(spans)
-            self.add(self.reader.branches(self.tokens(spans), wanted.firsts), wanted)
+            self.add(self.reader.branches(self.tokens(spans), wanted), wanted)
         return [line for stem in stems for line in stem.lines]
 
     def tokens(self, spans: Sequence[Span]) -> Rows:
@@ -221,24 +206,31 @@ class Scoring:
         return Wanted(firsts, *(column[order] for column in columns))
 
     @torch.inference_mode()
-    def add(self, parts: Iterable[Tensor], wanted: Wanted) -> None:
-        """Add predictions to the sums of their lines; parts of logits (positions, V)."""
-        _, positions, labels, owners = wanted
+    def add(self, parts: Iterable[Tensor | Predicted], wanted: Wanted) -> None:
+        """Add predictions to the sums of their lines; of parts that are logits (positions, V), or
+        predictions already."""
         start = 0
         end = 0
-        for logits in parts:
-            edges = torch.tensor([start, start + len(logits)])
-            begin, end = torch.searchsorted(positions, edges).tolist()
-            at = (positions[begin:end] - start).to(logits.device)
-            own = labels[begin:end].to(logits.device)
-            start += len(logits)
-            logprobs = self.log_softmax(logits)
-            hits = likeliest(logprobs)[at] == own
+        for part in parts:
+            begin = end
+            if isinstance(part, Predicted):
+                end += len(part.logprobs)
+                hits = part.likeliest == wanted.labels[begin:end]
+                picked = part.logprobs
+            else:
+                limit = start + len(part)
+                end = int(torch.searchsorted(wanted.positions, limit))
+                at = (wanted.positions[begin:end] - start).to(part.device)
+                start = limit
+                own = wanted.labels[begin:end].to(part.device)
+                logprobs = self.log_softmax(part)
+                hits = likeliest(logprobs)[at] == own
+                picked = logprobs[at, own]
+            owners = wanted.owners[begin:end]
             # Summed in float64: a window of 2048 tokens loses digits in float32.
-            picked = logprobs[at, own].double().cpu()
-            self.logprobs.index_add_(0, owners[begin:end], picked)
-            self.misses.index_add_(0, owners[begin:end], (~hits).long().cpu())
-        assert end == len(positions), "the reader gave fewer logits than were wanted"
+            self.logprobs.index_add_(0, owners, picked.double().cpu())
+            self.misses.index_add_(0, owners, (~hits).long().cpu())
+        assert end == len(wanted.positions), "the reader gave fewer logits than were wanted"
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities of logits (positions, V), float32."""
