@@ -18,6 +18,8 @@ COPIED = ("src", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 pytestmark = [
     pytest.mark.slow,
+    # A library for each level of each source is compiled, one after the other.
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(compilers.chosen_compiler() is None, reason="no C++ compiler here"),
     pytest.mark.skipif(not levels_here(), reason="no level for this processor"),
 ]
