@@ -105,7 +105,7 @@ def install(cell: Cell, wheel: Path, folder: Path) -> Path | None:
     python = folder / "bin" / "python"
     # Tested versions of all but torch, which is what varies.
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    constraints = folder.with_suffix(".txt")
+    constraints = folder.parent / f"{folder.name}.txt"
     constraints.write_text("\n".join(pin for pin in pins if not pin.startswith("torch==")))
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     steps = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from castalia.cli import doctor_choices, doctor_facts, doctor_page
+from castalia.cli import doctor_choices, doctor_facts, doctor_kernels, doctor_page
 from castalia.cli.app import app
 from castalia.core import extras
 from castalia.machine import Machine
@@ -123,6 +123,16 @@ def test_the_object_has_all_of_it(doctor):
     assert {extra["name"] for extra in found["extras"]} == set(extras.EXTRAS)
     assert all(extra["name"] in extra["command"] for extra in found["extras"])
     assert found["cache"]["writable"] in (True, False) and found["gpus"] == []
+    assert set(found["kernels"]) == {"torch", "index maps", "scan of Mamba"}
+    assert found["kernels"]["torch"].startswith("instructions ")
+
+
+def test_without_libraries_the_kernels_are_named_as_slower(monkeypatch):
+    for name in ("order_library", "scan_library"):
+        monkeypatch.setattr(doctor_kernels, name, lambda: None)
+    found = doctor_kernels.kernel_facts()
+    assert found["index maps"] == "numpy, which is slower"
+    assert found["scan of Mamba"].startswith("torch's operators")
 
 
 def test_the_extras_are_those_of_the_package():

@@ -8,6 +8,7 @@ import torch
 
 import castalia
 from castalia.cli.doctor_choices import choices
+from castalia.cli.doctor_kernels import kernel_facts
 from castalia.core.compilers import chosen_compiler
 from castalia.core.extras import EXTRAS, installed_version, pip_command
 from castalia.core.files import cache_folder
@@ -26,6 +27,7 @@ def examined(anew: bool) -> dict[str, Any]:
         "machine": machine_facts(machine),
         "gpus": gpu_facts(),
         "compiled_step": step_facts(),
+        "kernels": kernel_facts(),
         "cache": cache_facts(),
         "products": product_facts(machine),
         "measured_seconds": machine.seconds,

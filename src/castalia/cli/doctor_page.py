@@ -37,6 +37,7 @@ def put_page(console: Console, found: dict[str, Any]) -> None:
         f"castalia {versions['castalia']}, Python {versions['python']}, torch {versions['torch']}"
     )
     section(console, "This machine", pairs(machine_lines(found)))
+    section(console, "Kernels", pairs(found["kernels"].items()))
     section(console, "Matrix products: GFLOP/s and library, by rows", products(found))
     for note in notes(found):
         console.print(Padding(note, (0, 0, 0, 2)))
