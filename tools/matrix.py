@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = "hf,results,count,dedup,chat,spm,ftfy,trace"
+EXTRAS = "hf,optim,s3,results,count,dedup,chat,spm,ftfy,trace"
 """What the quick tests import beside the requirements."""
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "psutil", "scipy")
 FOLDERS = ("core", "config", "mixing", "models", "optim", "losses", "recurrent", "tokenizers")
@@ -174,7 +174,9 @@ def try_cell(
         return
     folder = work / f"py{cell.python}-torch{cell.torch}"
     place = work / f"{folder.name}-files"
-    place.mkdir(parents=True, exist_ok=True)
+    # What an earlier call with --keep left: verbs refuse to write over it.
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     python = install(cell, wheel, folder)
     if python is not None:
         try_verbs(cell, python, place)
