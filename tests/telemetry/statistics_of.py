@@ -43,12 +43,13 @@ NAMES = (
     "times",
 )
 ON = tuple(f"monitor.{name}_every=1" for name in NAMES)
+CALLS = "monitor.collectives_every=2"
 NOISE = "monitor.noise_scale_every=1"
 LAYOUTS = {
-    "fsdp": ("parallel.dp_shard=2", "train.micro_batch_size=3", NOISE),
+    "fsdp": ("parallel.dp_shard=2", "train.micro_batch_size=3", NOISE, CALLS),
     "tp": ("parallel.dp_shard=1", "parallel.tp=2", "train.recompute=selective", NOISE),
     "cp": ("parallel.dp_shard=1", "parallel.cp=2", "train.recompute=true", NOISE),
-    "pp": ("parallel.dp_shard=1", "parallel.pp=2", "model.tie_word_embeddings=true"),
+    "pp": ("parallel.dp_shard=1", "parallel.pp=2", "model.tie_word_embeddings=true", CALLS),
 }
 
 
@@ -89,6 +90,6 @@ if __name__ == "__main__":
         steps, measured = trained(*ON, *layout)
         results[name] = {"steps": steps, "weights": digest(measured)}
         if name in sys.argv[1:]:
-            _, plain = trained(*(word for word in layout if word != NOISE))
+            _, plain = trained(*(word for word in layout if word not in (NOISE, CALLS)))
             results[name]["without"] = digest(plain)
     report(results)

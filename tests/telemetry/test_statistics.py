@@ -1,6 +1,7 @@
 """Statistics of steps: right numbers, the same on any layout, and no bit of the weights changed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.telemetry.statistics_of import BASE, LAYOUTS, NAMES, NOISE, ON, diges
 from castalia.core.errors import ConfigError
 from castalia.monitor.sinks.sink import flatten
 from castalia.recipes import load_config
+from castalia.telemetry.collectives import spans_of
 from castalia.train.hooks import Save
 
 
@@ -127,6 +129,35 @@ def test_times_add_up_to_the_step():
 def test_ranks_time_their_collectives(on_two):
     for layout in LAYOUTS:
         assert on_two[0][layout]["steps"][0]["times"]["collectives"] > 0, layout
+
+
+def test_ranks_count_their_collectives(on_two):
+    sharded = on_two[0]["fsdp"]["steps"][1]["collectives"]
+    # Two layers and the root are gathered for each of two micro-batches, the layers twice; the
+    # gradients of a step are scattered once, by gloo's sum.
+    assert sharded["all_gather"]["calls"] == 9, sharded
+    assert sharded["all_gather"]["seconds"] > 0
+    assert on_two[0]["pp"]["steps"][1]["collectives"]["send"]["calls"] > 0
+
+
+def test_kernels_and_calls_are_told_apart():
+    """Events as torch's profiler has them on a GPU: launches on the host, kernels on the device."""
+
+    def event(name, began, ended, shapes=()):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=began, end=ended), input_shapes=shapes
+        )
+
+    events = [
+        event("nccl:_all_gather_base", 0, 5, [[], [16, 4]]),
+        event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 10, 40),
+        event("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 50, 60),
+        event("aten::mm", 0, 100, [[3, 3]]),
+    ]
+    gather, kernel, sent = spans_of(events)
+    assert (gather.kind, gather.numbers, gather.is_timed) == ("all_gather", 64, False)
+    assert (kernel.kind, kernel.is_call, kernel.ended - kernel.began) == ("all_gather", False, 30)
+    assert sent.kind == "send"
 
 
 def test_averages_of_the_noise_scale_survive_a_resume(tmp_path):

@@ -41,7 +41,8 @@ class StatisticsConfig(Config):
     times_every: Every = None
     """Steps between times by part of a step: data, forward, backward, collectives, update."""
     collectives_every: Every = None
-    """Steps between calls, bytes and times of the collectives, of a step in torch's profiler."""
+    """Steps between calls, numbers and times of the collectives of the passes, by kind; such a step
+    runs in torch's profiler."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one device, for the MFU; null is that of a known GPU, and no MFU on
     others."""

@@ -33,7 +33,7 @@ class Statistic:
     sums, maxima  what this rank measured, float64 vectors of the same size on all ranks; None
                   where the step gave nothing, on all ranks alike. They are reduced over all ranks
                   together, so that replicated values must be counted by one of them.
-    watches       whether it looks into the passes, by `watch`.
+    watches       whether its `watch` puts something into the blocks.
     """
 
     watches = False
@@ -90,16 +90,30 @@ class Telemetry:
     def watching(self, passes: PassesOf) -> Iterator[None]:
         """Around the passes of a step."""
         self.due = [each for each in self.statistics.values() if passes.step % each.every == 0]
-        with ExitStack() as watches:
+        inside = [each for each in self.due if each.watches]
+        with ExitStack() as around:
             with part(STATISTICS):
                 for each in self.due:
                     each.begin(passes)
-                for each in self.due:
-                    watches.enter_context(each.watch())
-                if self.eager is not None and any(each.watches for each in self.due):
-                    self.eager(passes.micro_batches)
-                    watches.close()
+                if self.eager is not None and inside:
+                    self.run_eagerly(inside, passes, self.eager)
+                    inside = []
+                for each in inside:
+                    around.enter_context(each.watch())
+            # Innermost: what is recorded is the passes, not the work of others.
+            for each in self.due:
+                if not each.watches:
+                    around.enter_context(each.watch())
             yield
+
+    def run_eagerly(
+        self, inside: Sequence[Statistic], passes: PassesOf, eager: EagerPasses
+    ) -> None:
+        """Measure passes that were made for it."""
+        with ExitStack() as watches:
+            for each in inside:
+                watches.enter_context(each.watch())
+            eager(passes.micro_batches)
 
     def drop(self) -> None:
         """Forget a step that did not happen."""

@@ -8,6 +8,7 @@ import torch
 from castalia.data import Batch
 from castalia.telemetry.activations import Activations
 from castalia.telemetry.attention_logits import AttentionLogits
+from castalia.telemetry.collectives import Collectives
 from castalia.telemetry.groups import Groups
 from castalia.telemetry.noise_scale import NoiseScale
 from castalia.telemetry.norms import (
@@ -59,6 +60,8 @@ def make_telemetry(trainer: "Trainer") -> Telemetry:
         statistics["attention_logits"] = AttentionLogits(
             asked.attention_logits_every, model, world, config.model.num_layers
         )
+    if asked.collectives_every is not None:
+        statistics["collectives"] = Collectives(asked.collectives_every, world)
     if asked.noise_scale_every is not None:
         statistics["noise_scale"] = NoiseScale(
             asked.noise_scale_every,
