@@ -80,6 +80,7 @@ def test_names_of_older_versions_are_classified():
         "scheduler.params",
         "data_types",
         "soft_prompt_tuning",
+        "comms_logger",
         "sparsity_config",
     }
 
@@ -122,7 +123,35 @@ def test_the_70m_file_comes_out_as_it_was_trained():
     assert {key: flat[key] for key in expected} == expected
     ignored = [name for names in reading.ignored.values() for name in names]
     assert len(ignored) == len(set(ignored))
-    assert {"wall_clock_breakdown", "zero_optimization.reduce_bucket_size"} <= set(ignored)
+    assert "zero_optimization.reduce_bucket_size" in ignored
+    assert flat["monitor.times_every"] == 10
+
+
+def test_statistics_are_measured_when_gpt_neox_writes_them():
+    flat = values_of(
+        log_interval=50,
+        log_grad_norm=True,
+        log_param_norm=False,
+        log_optimizer_states=True,
+        log_grad_pct_zeros=True,
+        log_gradient_noise_scale=True,
+        gradient_noise_scale_n_batches=4,
+        peak_theoretical_tflops=312,
+        steps_per_print=20,
+        wall_clock_breakdown=True,
+        comms_logger={"enabled": True, "verbose": True},
+    )
+    expected = {
+        "monitor.gradient_norms_every": 50,
+        "monitor.state_norms_every": 50,
+        "monitor.zero_gradients_every": 50,
+        "monitor.noise_scale_every": 4,
+        "monitor.peak_tflops": 312,
+        "monitor.times_every": 20,
+        "monitor.collectives_every": 20,
+    }
+    assert {key: flat[key] for key in flat if key.startswith("monitor.")} == expected
+    assert not any(key.startswith("monitor.") for key in values_of(steps_per_print=20))
 
 
 def test_silence_means_the_defaults_of_gpt_neox():

@@ -122,7 +122,7 @@ def test_times_add_up_to_the_step():
         times.pop("hooks", None)
         parts = {"data", "forward", "loss", "backward", "gradient_norm", "update", "statistics"}
         assert parts <= times.keys()
-        assert sum(times.values()) == pytest.approx(step["step_seconds"], rel=0.02, abs=2e-4)
+        assert sum(times.values()) == pytest.approx(step["step_seconds"], rel=0.02, abs=2e-3)
     assert "Collect" in steps[1]["times"]["hooks"]
 
 
@@ -133,9 +133,10 @@ def test_ranks_time_their_collectives(on_two):
 
 def test_ranks_count_their_collectives(on_two):
     sharded = on_two[0]["fsdp"]["steps"][1]["collectives"]
-    # Two layers and the root are gathered for each of two micro-batches, the layers twice; the
-    # gradients of a step are scattered once, by gloo's sum.
-    assert sharded["all_gather"]["calls"] == 9, sharded
+    # Of each of two micro-batches: the root and two layers forward, the layers again backward.
+    assert sharded["all_gather"]["calls"] == 10
+    # Gloo scatters by sums: those of three gradients, of the weight of the batch and of its totals.
+    assert sharded["all_reduce"]["calls"] == 5
     assert sharded["all_gather"]["seconds"] > 0
     assert on_two[0]["pp"]["steps"][1]["collectives"]["send"]["calls"] > 0
 

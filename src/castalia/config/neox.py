@@ -27,13 +27,20 @@ from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import TRAINING_RULES
 from castalia.config.neox_schedule import SCHEDULE_RULES
 from castalia.config.neox_storage import STORAGE_RULES
+from castalia.config.neox_telemetry import TELEMETRY_RULES
 from castalia.config.neox_train_impl import TRAIN_IMPL_RULES
 from castalia.core.errors import nearest
 
 LAYER_RULES = [*MODEL_RULES, *EXPERT_RULES, *BLOCK_RULES]
 """Those of the model. Experts count from the MLP's width, and layers without attention drop what
 they do not have."""
-LATER_RULES = [*ADAPTER_RULES, *MUP_RULES, *SCHEDULE_RULES, *PROFILE_RULES]
+LATER_RULES = [
+    *ADAPTER_RULES,
+    *MUP_RULES,
+    *SCHEDULE_RULES,
+    *PROFILE_RULES,
+    *TELEMETRY_RULES,
+]
 """Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 OURS = {

@@ -11,6 +11,11 @@ from typing import Any
 
 from castalia.config.neox_option import Honoured, Refused
 from castalia.config.neox_profile import FLOPS_HONOURED, FLOPS_IGNORED, PROFILE_OPTIONS
+from castalia.config.neox_telemetry_keys import (
+    TELEMETRY_IGNORED,
+    TELEMETRY_KEYS,
+    TELEMETRY_OPTIONS,
+)
 
 HONOURED: dict[str, Honoured] = {
     "num_layers": Honoured("model.num_layers", "int", plain=True),
@@ -197,6 +202,7 @@ HONOURED: dict[str, Honoured] = {
     "s3_path": Honoured("checkpoint.mirror.url", "str"),
     "s3_chunk_size": Honoured("checkpoint.mirror.chunk", "int", 104857600),
     **PROFILE_OPTIONS,
+    **TELEMETRY_OPTIONS,
 }
 
 ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotuning"}
@@ -259,10 +265,8 @@ IGNORED: dict[str, str] = {
         use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host
         wandb_init_all_ranks git_hash log_dir tensorboard_dir use_comet comet_workspace
         comet_project comet_experiment_name comet_tags comet_others comet_experiment
-        peak_theoretical_tflops log_grad_pct_zeros log_param_norm log_grad_norm
-        log_optimizer_states log_gradient_noise_scale gradient_noise_scale_n_batches
-        gradient_noise_scale_cpu_offload steps_per_print wall_clock_breakdown dump_state
-        tensorboard wandb csv_monitor comms_logger char_level_ppl""",
+        dump_state tensorboard wandb csv_monitor char_level_ppl""",
+    "the noise scale keeps no copy of the gradients": "gradient_noise_scale_cpu_offload",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
         config_files checkpoint_validation_with_forward_pass no_save_optim
         no_save_rng checkpoint save_iters zero_allow_untested_optimizer""",
@@ -300,6 +304,7 @@ CHECKED = ("deepspeed_extra_args",)
 """Options that a rule checks and that set nothing."""
 
 NESTED_HONOURED = {
+    **TELEMETRY_KEYS,
     "optimizer": "type params",
     "optimizer.params": "lr betas eps momentum beta nesterov weight_decay max_grad_norm",
     "scheduler": "type params",
@@ -328,6 +333,7 @@ NESTED_HONOURED = {
 
 NESTED_IGNORED = {
     "flops_profiler": FLOPS_IGNORED,
+    **TELEMETRY_IGNORED,
     "data_types": "",
     "soft_prompt_tuning": "",
     "curriculum_learning": "",

@@ -53,7 +53,8 @@ class Times:
         self.on_gpu = device is not None and device.type == "cuda"
         self.running = False
         self.marks: list[tuple[str, Any]] = []
-        """What begins at each moment."""
+        """What begins at each moment of the step that is measured."""
+        self.ended: Any = None
         self.stack = [OTHER]
         self.hooks: dict[str, float] = {}
         """Host seconds of each hook since the last measured step."""
@@ -61,10 +62,10 @@ class Times:
     def begin(self, step: int) -> None:
         """The step with this number begins; it is measured where it is due."""
         self.stop()
+        self.marks = []
         if self.every is None or step % self.every:
             return
         self.running = True
-        self.marks = []
         self.stack = [OTHER]
         self.mark()
         listen(self.heard)
@@ -113,25 +114,31 @@ class Times:
                 seconds = time.perf_counter() - began
                 self.hooks[name] = self.hooks.get(name, 0.0) + seconds
 
-    def end(self) -> dict[str, Any]:
-        """The times of the step that ends now, if it was measured, for metrics.jsonl.
+    def end(self) -> None:
+        """The step ends now."""
+        if not self.running:
+            return
+        self.stop()
+        self.ended = self.now()
+        if self.on_gpu:
+            self.ended.synchronize()
+
+    def metrics(self) -> dict[str, Any]:
+        """The times of the step that ended, if it was measured, for metrics.jsonl.
 
         Units  seconds; `hooks` since the last measured step, those of this step not yet in it.
         """
-        if not self.running:
+        if not self.marks:
             return {}
-        self.stop()
-        end = self.now()
-        if self.on_gpu:
-            end.synchronize()
         seconds: dict[str, float] = {}
-        ends = [moment for _, moment in self.marks[1:]] + [end]
+        ends = [moment for _, moment in self.marks[1:]] + [self.ended]
         for (name, began), until in zip(self.marks, ends, strict=True):
             seconds[name] = seconds.get(name, 0.0) + self.between(began, until)
         times: dict[str, Any] = {name: round(value, 6) for name, value in seconds.items()}
         if self.hooks:
             times["hooks"] = {name: round(value, 6) for name, value in self.hooks.items()}
         self.hooks = {}
+        self.marks = []
         return {"times": times}
 
     def between(self, began: Any, ended: Any) -> float:

@@ -85,7 +85,8 @@ class Clock:
                step's rows to the end of its update, and of that wait alone. Validations and saves
                are outside of the step.
         """
-        times = self.times.end()
+        # Before the clock is read: the parts are to add up to the step.
+        self.times.end()
         seconds = max(1e-9, time.perf_counter() - self.began)
         rates = {} if self.rate is None else self.rate.metrics(tokens / seconds)
         return {
@@ -94,7 +95,7 @@ class Clock:
             "data_seconds": round(self.waited, 6),
             "tokens_per_second": round(tokens / seconds, 1),
             **rates,
-            **times,
+            **self.times.metrics(),
         }
 
 
