@@ -45,7 +45,7 @@ def spans_of(events: Iterable[Any]) -> Iterator[Span]:
     for event in events:
         span = event.time_range
         if call := CALL.match(event.name):
-            shape = next((shape for shape in event.input_shapes if shape), [])
+            shape: list[int] = next((sizes for sizes in event.input_shapes if sizes), [])
             numbers = 1 if shape else 0
             for size in shape:
                 numbers *= int(size)
