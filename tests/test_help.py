@@ -1,6 +1,8 @@
 """Help answers at once: no verb imports torch or another heavy library before it works."""
 
 import itertools
+import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ VERBS = (
     "suite",
     "runs",
     "verify",
+    "version",
     "audit",
     "weights",
     "intervene",
@@ -143,6 +146,10 @@ def test_options_of_prepare_stand_in_panels(run_help):
 
 def test_version(run_help):
     assert run_help("--version").startswith("castalia 0.")
+    text = run_help("version")
+    assert text.startswith("castalia 0.") and "\ntorch " in text and "HEAVY []" in text
+    found = json.loads(run_help("version", "--json").partition("HEAVY")[0])
+    assert found["python"] == platform.python_version() and found["torch"][0].isdigit()
 
 
 def test_importing_the_package_is_light():

@@ -91,7 +91,7 @@ def test_the_first_help_has_verbs_in_groups_and_no_python_types():
         ("ls", "use castalia runs [DIR]"),
         ("mixing report", "unknown verb 'mixing report'; use castalia report"),
         ("Resume", "use castalia train RUN"),
-        ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, doctor, prepare, show"),
+        ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, doctor, version, prepare"),
     ],
 )
 def test_a_word_that_is_no_verb(command, words, says):
@@ -161,11 +161,17 @@ def completions(monkeypatch, command, line):
         ("castalia launch mixing.warm", ["mixing.warmup_steps="]),
         ("castalia train r", ["recipe=", "reward", *RWKV, "runs/", "r.yaml", "r1"]),
         ("castalia data view runs/a", ["runs/abs"]),
+        ("castalia generate runs/a", ["runs/abs"]),
+        ("castalia generate runs/abs/st", ["runs/abs/step8", "runs/abs/step20"]),
+        ("castalia export runs/abs/step2", ["runs/abs/step20"]),
+        ("castalia tune debug-aml", ["debug-amlp"]),
     ],
 )
 def test_completion(monkeypatch, command, tmp_path, line, offers):
     (tmp_path / "runs" / "abs").mkdir(parents=True)
     (tmp_path / "runs" / "abs" / "config.yaml").touch()
+    for name in ("step-00000008", "step-00000020", "step-00000030.tmp"):
+        (tmp_path / "runs" / "abs" / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "r1").mkdir()
     (tmp_path / "r1" / "config.yaml").touch()
     (tmp_path / "r.yaml").touch()
@@ -178,6 +184,20 @@ def test_the_script_for_a_shell_is_for_castalia(monkeypatch, command):
     monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
     code, out, _ = command("--show-completion")
     assert code == 0 and out.rstrip().endswith("-F _castalia_completion castalia")
+
+
+def test_completion_is_installed_into_a_home(monkeypatch, command, tmp_path):
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = command("--install-completion")
+    assert code == 0 and "bash completion installed" in out
+    scripts = [path for path in tmp_path.rglob("*") if "_CASTALIA_COMPLETE" in read(path)]
+    assert scripts and "castalia" in (tmp_path / ".bashrc").read_text()
+
+
+def read(path):
+    """The text of a file; nothing of a folder."""
+    return path.read_text() if path.is_file() else ""
 
 
 def spoken(tree):

@@ -84,6 +84,15 @@ def test_a_window_is_recorded_and_changes_nothing(trainer, tmp_path, capsys):
     assert calls["forward"] == "4" and calls["update"] == "2"
 
 
+def test_stacks_are_in_the_trace_and_not_in_the_table(trainer, tmp_path):
+    trainer("profile.steps=2", "profile.stacks=true", "profile.top=40").fit()
+    with gzip.open(tmp_path / "profile/steps-2-2-rank0.pt.trace.json.gz", "rt") as file:
+        kinds = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert "python_function" in kinds
+    text = (tmp_path / "profile/steps-2-2-rank0.txt").read_text()
+    assert "aten::mm" in text and ".py(" not in text and "nn.Module" not in text
+
+
 def test_memory_by_part(trainer, tmp_path):
     trainer("profile.steps=3", "profile.memory=true").fit()
     found = json.loads((tmp_path / "profile/steps-3-3-rank0.memory.json").read_text())

@@ -41,6 +41,7 @@ from castalia.cli import (
     tuning,
     upload,
     verify,
+    version,
     view,
     viewing,  # noqa: F401  likewise
     weights,
@@ -81,7 +82,7 @@ TRAINING = "Training"
 
 # In the order of use, which is also that of `castalia --help`.
 PANELS = {
-    "Start": (demo.demo, doctor.doctor),
+    "Start": (demo.demo, doctor.doctor, version.version),
     TEXT: (prepare.prepare,),
     TRAINING: (
         show.show,

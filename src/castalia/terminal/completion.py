@@ -12,6 +12,20 @@ def config_words(incomplete: str) -> list[tuple[str, str]]:
     return [*presets(incomplete), *places(incomplete), *keys(incomplete)]
 
 
+def checkpoint_words(incomplete: str) -> list[tuple[str, str]]:
+    """Run folders, their saved steps as `RUN/step1000`, and other folders."""
+    run, slash, step = incomplete.rpartition("/")
+    return [*places(incomplete), *(saved_steps(run, step) if slash else ())]
+
+
+def saved_steps(run: str, begin: str) -> list[tuple[str, str]]:
+    """The steps that a run has saved, in the order of training, whose words start with `begin`."""
+    folders = sorted(glob.glob(os.path.join(glob.escape(run), "checkpoints", "step-*")))
+    numbers = [name for folder in folders if (name := folder.rpartition("step-")[2]).isdecimal()]
+    words = [f"step{int(number)}" for number in numbers]
+    return [(f"{run}/{word}", "checkpoint") for word in words if word.startswith(begin)]
+
+
 def presets(incomplete: str) -> list[tuple[str, str]]:
     """Presets by name."""
     from castalia.recipes import preset_names

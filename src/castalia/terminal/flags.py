@@ -40,10 +40,20 @@ ConfigFolder = Annotated[
         help="Folder of the config files that are named: `-d configs 125M local_setup`.",
     ),
 ]
+
+
+def checkpoint_words(incomplete: str) -> list[tuple[str, str]]:
+    """What the word of a checkpoint may become, for a shell's completion."""
+    from castalia.terminal.completion import checkpoint_words
+
+    return checkpoint_words(incomplete)
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
+        autocompletion=checkpoint_words,
         help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder, OWNER/NAME of its"
         " hub, an export, a GPT-NeoX checkpoint, Meta's LLaMA folder, a GGUF file of floats, or"
         " RWKV's .pth.",

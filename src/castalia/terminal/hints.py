@@ -103,7 +103,6 @@ WANTED = {
     "leaderboard": RESULTS,
     "logs": REPORT,
     "reports": REPORT,
-    "version": "castalia --version",
     "help": "castalia --help",
 }
 """Word -> the command for it, and what that does where the command does not say it."""

@@ -164,12 +164,13 @@ class Recorder:
         operations = []
         parts: dict[str, Cost] = {}
         total = 0.0
+        python = self.python_functions()
         for event in self.profiler.key_averages():
             if event.is_user_annotation:
                 cost = Cost(event.key, event.cpu_time_total / 1e6, event.count)
                 total += cost.seconds if event.key.startswith(STEP) else 0.0
                 parts[event.key] = cost
-            elif event.key != MEMORY:
+            elif event.key != MEMORY and event.key not in python:
                 micros = event.self_cpu_time_total
                 if self.on_gpu and ProfilerActivity.CUDA in supported_activities():
                     micros = event.self_device_time_total
@@ -179,6 +180,18 @@ class Recorder:
         with atomic_write(self.folder / f"{name}.txt", synced=False) as file:
             file.write("\n".join([*table, "", *part_lines(ours, total), ""]))
         return table
+
+    def python_functions(self) -> set[str]:
+        """Names of Python's functions among the events, which stacks add: no operations."""
+        if not self.config.stacks:
+            return set()
+        return {event.name() for event in self.events() if event.is_python_function()}
+
+    def events(self) -> Any:
+        """What torch recorded, in the order of time."""
+        assert self.profiler is not None and self.profiler.profiler is not None
+        result: Any = self.profiler.profiler.kineto_results
+        return result.events()
 
     def write_memory(self, name: str) -> list[str]:
         """The file about memory, and the line that names it; nothing where none is recorded."""
@@ -206,11 +219,9 @@ class Recorder:
 
     def recorded(self) -> tuple[list[Span], list[Change]]:
         """Calls of our parts, and allocations, in the order of time."""
-        assert self.profiler is not None and self.profiler.profiler is not None
-        result: Any = self.profiler.profiler.kineto_results
         spans = []
         changes = []
-        for event in result.events():
+        for event in self.events():
             name = event.name()
             if name == MEMORY:
                 changes.append(Change(event.start_ns(), event.nbytes()))
