@@ -6,8 +6,8 @@
 
 One run has windows of two steps with two steps outside between them, so that both kinds of steps
 are timed in turns; the first of each pair is left out, because it pays for what begins or ends.
-Each way to profile is a run of its own. Off, a part costs one call: its time, measured alone, times the
-parts of a step is a share of the steps outside.
+Each way to profile is a run of its own. Off, a part costs one call: its time, measured alone, times
+the parts of a step is a share of the steps outside.
 """
 
 import argparse
