@@ -47,14 +47,15 @@ KEYS = {
 }
 BUCKET = "copies"
 HANG = """
-import sys, threading, castalia.checkpoint.mirroring as mirroring
+import os, sys
+import castalia.checkpoint.mirroring as mirroring
+silent = sys.argv.pop() if sys.argv[-1].startswith("http:") else None
 def start(self, begin=mirroring.Mirroring.start):
-    import os
-    os.environ["AWS_ENDPOINT_URL"] = sys.argv.pop()
-    self.mirror.store.opened = None
+    if silent:
+        os.environ["AWS_ENDPOINT_URL"] = silent
+        self.mirror.store.opened = None
     begin(self)
-if sys.argv[-1].startswith("http"):
-    mirroring.Mirroring.start = start
+mirroring.Mirroring.start = start
 from castalia.cli import main
 main()
 """
