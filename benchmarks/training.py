@@ -81,6 +81,8 @@ ROUNDS = (2, 9)
 """Rounds of a case, at least and at most."""
 SECONDS = 10.0
 """Time of the rounds of a case."""
+WORKERS: dict[str, Worker] = {}
+"""The engines that run. Each has imported its library, which takes longer than a small case."""
 
 
 class Case(NamedTuple):
@@ -299,25 +301,26 @@ def values_of(one: Case, device: str, options: argparse.Namespace) -> dict[str, 
 
 
 def stop(workers: dict[str, Worker]) -> None:
-    """End the engines."""
+    """End the case in the engines, which wait for the next one."""
     for worker in workers.values():
         worker.tell("stop")
-        worker.process.wait()
 
 
 def start(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Worker]:
     """The engines, ready, by name."""
-    workers: dict[str, Worker] = {}
+    for name in names:
+        if name not in WORKERS:
+            library, compiled, keeps = ENGINES[name]
+            kind = {"engine": library, "compiled": compiled, "keeps_memory": keeps}
+            WORKERS[name] = Worker("training_engines.py", kind)
     # Two at once: compiling has a thread or two, and warm-up steps are not timed.
     for first in range(0, len(names), 2):
         pair = names[first : first + 2]
         for name in pair:
-            library, compiled, keeps = ENGINES[name]
-            engine = {"engine": library, "compiled": compiled, "keeps_memory": keeps}
-            workers[name] = Worker("training_engines.py", values | engine)
+            WORKERS[name].tell(json.dumps(values))
         for name in pair:
-            workers[name].answer()
-    return workers
+            WORKERS[name].answer()
+    return {name: WORKERS[name] for name in names}
 
 
 def compare(

@@ -1,17 +1,19 @@
 """The engines of benchmarks/training.py: each a process that answers a word with one line of JSON.
 
-Words: `step` (seconds of one step), `parts` (Castalia: seconds of the parts of a step), `memory`,
-`stop`.
+It imports its library once, and each case that it is sent, a line of JSON, has a process forked
+from it. Words to that one: `step` (seconds of one step), `parts` (Castalia: seconds of the parts of
+a step), `memory`, `stop`.
 """
 
 import json
+import os
 import sys
 import time
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from machine import resident_bytes, seconds
@@ -25,7 +27,38 @@ EPS = 1e-8
 DECAY = 0.1
 
 
-def main(case: dict[str, Any]) -> None:
+def main(kind: dict[str, Any]) -> None:
+    """Import the library of an engine, then answer case after case."""
+    engine = ENGINES[kind["engine"]]
+    if kind["keeps_memory"]:
+        from castalia.core.memory import keep_freed_memory
+
+        # Before the first tensor, which an import may make.
+        keep_freed_memory()
+    for name in engine.modules:
+        import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            answer(kind | json.loads(line))
+        _, status = os.waitpid(child, 0)
+        if status:
+            # The benchmark then sees the end of the answers, and prints the log.
+            sys.exit(1)
+
+
+def answer(case: dict[str, Any]) -> NoReturn:
+    """In the process of a case: answer the words until `stop`, and end it."""
+    try:
+        answer_words(case)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    # Not `sys.exit`: what the parent would do at its end is not this process's to do.
+    os._exit(0)
+
+
+def answer_words(case: dict[str, Any]) -> None:
     """Answer the words of this benchmark with the engine of `case`."""
     words = {
         "ready": lambda engine: [engine.step() for _ in range(case["warmup"])],
@@ -51,6 +84,8 @@ TRANSFORMERS = (
 class Engine(ABC):
     """Base of both sides: the batch, the clock and the memory."""
 
+    modules: ClassVar[tuple[str, ...]]
+    """What its classes come from, imported before memory is read."""
     optimizer: torch.optim.Optimizer
 
     def __init__(self, case: dict[str, Any]) -> None:
@@ -96,10 +131,15 @@ class Engine(ABC):
 class Castalia(Engine):
     """The parts of `castalia train`: allocator, Decoder, NextToken, AdamW with decay groups."""
 
-    def __init__(self, case: dict[str, Any]) -> None:
-        from castalia.core.memory import keep_freed_memory
+    modules = (
+        "castalia.data",
+        "castalia.distributed",
+        "castalia.losses",
+        "castalia.models",
+        "castalia.optim.updater",
+    )
 
-        keep_freed_memory()
+    def __init__(self, case: dict[str, Any]) -> None:
         from castalia.data import Batch
         from castalia.distributed import initialize
         from castalia.losses import NextToken
@@ -184,17 +224,7 @@ class Castalia(Engine):
 class Peer(Engine):
     """Another library's model with fused AdamW over all of its weights."""
 
-    modules: tuple[str, ...]
-    """What its classes come from."""
-
     def __init__(self, case: dict[str, Any]) -> None:
-        if case["keeps_memory"]:
-            from castalia.core.memory import keep_freed_memory
-
-            keep_freed_memory()
-        # Before the memory after the imports is read.
-        for name in self.modules:
-            import_module(name)
         super().__init__(case)
         torch.manual_seed(0)
         self.model = self.build().to(self.device).train()
@@ -323,7 +353,7 @@ def litgpt_values(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
+ENGINES: dict[str, type[Engine]] = {
     "castalia": Castalia,
     "transformers": Transformers,
     "litgpt": LitGPT,
