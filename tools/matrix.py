@@ -23,7 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = "hf,optim,s3,results,count,dedup,chat,spm,ftfy,trace"
 """What the quick tests import beside the requirements."""
-TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "psutil", "scipy")
+TOOLS = (
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "psutil",
+    "scipy",
+    "schedulefree",
+)
 FOLDERS = ("core", "config", "mixing", "models", "optim", "losses", "recurrent", "tokenizers")
 """Folders of tests that run by default: those whose code depends on Python and torch the most."""
 SMALL = "model.num_layers=1 model.hidden_size=32 train.batch_size=2 train.steps=4"
