@@ -23,7 +23,7 @@ Where a section has kinds, such as `optim.kind`, the first table has the options
 come tables for several kinds and for one; a default is that of the first kind that a table is for,
 and a kind with another one says so.
 """
-TITLES = ("option", "type", "default", "unit", "GPT-NeoX", "meaning")
+TITLES = ("option", "type, unit", "default", "meaning")
 READERS = re.compile(
     r" *(?:Only [^ ]+(?: and [^ ]+)? reads? these fields"
     r"|`castalia train` reads these fields in [^ ]+ alone|Read by [^ ]+"
@@ -112,12 +112,10 @@ def part_lines(part: Part) -> list[str]:
 
 def row(entry: Entry) -> list[str]:
     """An option as a row of the table."""
+    # Four columns: more of them leave no width for the last, which has sentences.
+    kind = f"{entry.values}, {entry.unit}" if entry.unit else entry.values
     default = entry.default if entry.default == "required" else code(entry.default)
-    return [
-        code(entry.key),
-        entry.values,
-        default,
-        entry.unit,
-        ", ".join(map(code, entry.neox)),
-        f"{entry.text} *resume*" if entry.at_resume else entry.text,
-    ]
+    text = f"{entry.text} *resume*" if entry.at_resume else entry.text
+    if entry.neox:
+        text += f" GPT-NeoX: {', '.join(map(code, entry.neox))}."
+    return [code(entry.key), kind, default, text]
