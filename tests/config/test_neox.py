@@ -82,6 +82,8 @@ def test_names_of_older_versions_are_classified():
         "soft_prompt_tuning",
         "comms_logger",
         "sparsity_config",
+        "tensorboard",
+        "wandb",
     }
 
 

@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 LEDGER = ".mirror"
 LOGS_RECORD = f"{LEDGER}/logs.json"
 STARTED = f"{LEDGER}/started"
-LOG_FOLDERS = ("samples", "evals")
+LOG_FOLDERS = ("samples", "evals", "monitors")
 """Folders of a run that are mirrored beside the files at its top."""
 LARGEST_JSON = 1 << 28
 """Bytes above which a manifest is refused unread."""

@@ -1,10 +1,9 @@
 """Credentials do not belong in a config: every run folder and every checkpoint has a copy of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from castalia.config.base import Config
-from castalia.config.values import flatten
 from castalia.core.errors import ConfigError
 from castalia.core.secrets import is_secret, is_secret_option, redacted, redacted_url
 
@@ -17,11 +16,8 @@ def require_no_credentials(config: Config) -> None:
 
     Raises  ConfigError with the keys that hold one, without their values.
     """
-    keys = [
-        key
-        for key, value in flatten(config.model_dump(mode="json")).items()
-        if any(holds_credential(key, text) for text in texts_of(value))
-    ]
+    texts = texts_of(config.model_dump(mode="json"))
+    keys = list(dict.fromkeys(key for key, text in texts if holds_credential(key, text)))
     if keys:
         raise ConfigError(
             f"{', '.join(keys)}: a config must not hold keys, tokens or passwords, because"
@@ -31,13 +27,17 @@ def require_no_credentials(config: Config) -> None:
         )
 
 
-def texts_of(value: Any) -> Iterator[str]:
-    """The texts in a value of a flattened config."""
+def texts_of(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted key and the text of every text in a value of a config."""
     if isinstance(value, str):
-        yield value
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from texts_of(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
+        # Of a list of sections, such as monitor.sinks, each item has keys of its own.
         for item in value:
-            yield from texts_of(item)
+            yield from texts_of(item, key)
 
 
 def holds_credential(key: str, text: str) -> bool:

@@ -20,6 +20,7 @@ from castalia.config.neox_keys import (
     WHY,
 )
 from castalia.config.neox_model import MODEL_RULES
+from castalia.config.neox_monitor import MONITOR_RULES
 from castalia.config.neox_mup import MUP_RULES
 from castalia.config.neox_option import Refused
 from castalia.config.neox_profile import PROFILE_RULES
@@ -40,6 +41,7 @@ LATER_RULES = [
     *SCHEDULE_RULES,
     *PROFILE_RULES,
     *TELEMETRY_RULES,
+    *MONITOR_RULES,
 ]
 """Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
@@ -188,7 +190,7 @@ def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> N
             wrong(out, f"{where}: expected {KINDS[HONOURED[name].kind].name}, got {value!r}")
             # Dropped, so that no rule works on a value of the wrong kind.
             options.drop(name)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and name in NESTED_HONOURED:
             options.given[name] = nested(name, value, where, out)
         elif HONOURED[name].kind == "int":
             options.given[name] = int(value)

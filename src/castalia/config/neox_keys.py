@@ -9,6 +9,7 @@ Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-d
 
 from typing import Any
 
+from castalia.config.neox_monitor_keys import MONITOR_KEYS, MONITOR_OPTIONS
 from castalia.config.neox_option import Honoured, Refused
 from castalia.config.neox_profile import FLOPS_HONOURED, FLOPS_IGNORED, PROFILE_OPTIONS
 from castalia.config.neox_telemetry_keys import (
@@ -203,6 +204,7 @@ HONOURED: dict[str, Honoured] = {
     "s3_chunk_size": Honoured("checkpoint.mirror.chunk", "int", 104857600),
     **PROFILE_OPTIONS,
     **TELEMETRY_OPTIONS,
+    **MONITOR_OPTIONS,
 }
 
 ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotuning"}
@@ -261,11 +263,11 @@ IGNORED: dict[str, str] = {
     "launching; `castalia launch` does without": """
         force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank
         adlr_autoresume adlr_autoresume_interval detect_nvlink_pairs""",
+    "metrics.jsonl has every number; `castalia.read_metrics` reads it as a table": "csv_monitor",
+    "what ranks print is the launcher's to keep; numbers are in metrics.jsonl": "log_dir",
+    "GPT-NeoX derives it itself": "git_hash comet_experiment",
     "logging; metrics.jsonl is always written": """
-        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host
-        wandb_init_all_ranks git_hash log_dir tensorboard_dir use_comet comet_workspace
-        comet_project comet_experiment_name comet_tags comet_others comet_experiment
-        dump_state tensorboard wandb csv_monitor char_level_ppl""",
+        dump_state char_level_ppl""",
     "the noise scale keeps no copy of the gradients": "gradient_noise_scale_cpu_offload",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
         config_files checkpoint_validation_with_forward_pass no_save_optim
@@ -305,6 +307,7 @@ CHECKED = ("deepspeed_extra_args",)
 
 NESTED_HONOURED = {
     **TELEMETRY_KEYS,
+    **MONITOR_KEYS,
     "optimizer": "type params",
     "optimizer.params": "lr betas eps momentum beta nesterov weight_decay max_grad_norm",
     "scheduler": "type params",
@@ -334,6 +337,7 @@ NESTED_HONOURED = {
 NESTED_IGNORED = {
     "flops_profiler": FLOPS_IGNORED,
     **TELEMETRY_IGNORED,
+    **dict.fromkeys(MONITOR_KEYS, ""),
     "data_types": "",
     "soft_prompt_tuning": "",
     "curriculum_learning": "",

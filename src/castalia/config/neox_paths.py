@@ -3,6 +3,7 @@
 from functools import cache
 
 from castalia.config.neox_keys import ALIASES, HONOURED, NESTED_HONOURED
+from castalia.config.neox_monitor_keys import MONITOR_PATHS
 
 NESTED_PATHS = {
     "optimizer.type": "optim.kind",
@@ -48,6 +49,7 @@ NESTED_PATHS = {
     "soft_prompt_tuning.num_tokens": "adapter.tokens",
     "soft_prompt_tuning.init_string": "adapter.init_string",
     "soft_prompt_tuning.init_range": "adapter.init_range",
+    **MONITOR_PATHS,
 }
 """Honoured key of a dictionary -> the key here, where it is not that of the whole dictionary."""
 SAME_NAMES = ("sparsity_config",)

@@ -212,6 +212,8 @@ class Follower(Sink):
         known = self.sink.last_step()
         if known is not None:
             delivered = known
+            # The tables of a step come with its numbers.
+            self.record.tables = known
         self.record.delivered = delivered
         self.record.save()
         self.is_started = True

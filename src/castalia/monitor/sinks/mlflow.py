@@ -37,6 +37,7 @@ class MlflowSink(Sink):
 
     config: Config
     client: Any = None
+    is_new = False
 
     def start(self, step: int) -> None:
         """Begin the run, or continue it after `step`."""
@@ -48,11 +49,29 @@ class MlflowSink(Sink):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self.client = mlflow.MlflowClient(tracking_uri=uri)
         self.known: set[tuple[str, int]] = set()
-        if "id" in self.kept:
+        self.is_new = not self.exists()
+        if self.is_new:
+            self.create()
+        else:
             self.client.update_run(self.kept["id"], status="RUNNING")
             self.note_known(step)
-        else:
-            self.create()
+
+    def exists(self) -> bool:
+        """Whether the store has the run: a folder of files may have stayed on another machine."""
+        if "id" not in self.kept:
+            return False
+        errors = require("mlflow.exceptions", "mlflow", "monitor mlflow")
+        try:
+            self.client.get_run(self.kept["id"])
+        except errors.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
+    def last_step(self) -> int | None:
+        """None for a run that the store has; a new one gets all steps."""
+        return 0 if self.is_new else None
 
     def create(self) -> None:
         """A new run, with the config as its parameters."""

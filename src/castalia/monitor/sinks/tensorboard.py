@@ -30,6 +30,7 @@ class TensorboardSink(Sink):
     config: Config
     writer: Any = None
     last = 0
+    is_new = False
 
     @property
     def place(self) -> Path:
@@ -43,9 +44,9 @@ class TensorboardSink(Sink):
     def start(self, step: int) -> None:
         """Open an event file that replaces the steps after `step`."""
         self.last = step
-        first = not self.place.exists()
+        self.is_new = not any(self.place.glob("events.*"))
         self.open()
-        if first:
+        if self.is_new:
             for name in ("config", "environment"):
                 text = json.dumps(getattr(self.about, name), indent=1)
                 self.writer.add_text(name, f"```\n{text}\n```", 0)
@@ -56,6 +57,10 @@ class TensorboardSink(Sink):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.writer = SummaryWriter(str(self.place), purge_step=self.last + 1)
+
+    def last_step(self) -> int | None:
+        """None where there are event files; elsewhere, as on another machine, all steps come."""
+        return 0 if self.is_new else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One point in the chart of each number."""

@@ -3,8 +3,10 @@
 import netrc
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -141,7 +143,15 @@ class WandbSink(Sink):
             self.remote.finish()
             self.remote = None
 
+    def flush(self) -> bool:
+        """Offline the library writes every 15 seconds; a start asks the files how far it came."""
+        return not self.is_offline
+
     def abandon(self) -> None:
         """Leave out what the library does when the process ends, which waits for the network."""
         if self.remote is not None:
             self.remote._atexit_cleanup_called = True
+        wandb = sys.modules["wandb"]
+        # Not part of its interface: where another version has other names, its end is waited for.
+        with suppress(AttributeError, TypeError):
+            wandb.setup()._connection._cleanup()

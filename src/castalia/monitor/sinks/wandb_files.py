@@ -23,12 +23,15 @@ LAST = 4
 
 
 def last_step_in(folder: Path, run: str) -> int | None:
-    """The last step of the history of the run with the id `run`; None if there is no step."""
+    """The last step of the history of the run with the id `run`: 0 if there are files of it without
+    a step, None if there are none, as on another machine."""
     # Without its types, which no checker sees: the module defines them when it is imported.
     protocol: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
-    # Newest first: each start has a folder of its own, which continues those before it.
-    for path in sorted(folder.glob(f"offline-run-*-{run}/run-{run}.wandb"), reverse=True):
+    paths = sorted(folder.glob(f"offline-run-*-{run}/run-{run}.wandb"))
+    # The newest first: each start has a folder of its own, which continues those before it. The
+    # last one is that of this start and has no step yet.
+    for path in reversed(paths):
         last = None
         for content in records(path.read_bytes()):
             record = protocol.Record()
@@ -37,7 +40,7 @@ def last_step_in(folder: Path, run: str) -> int | None:
                 last = record.history.step.num
         if last is not None:
             return last
-    return None
+    return 0 if len(paths) > 1 else None
 
 
 def records(data: bytes) -> Iterator[bytes]:
