@@ -61,10 +61,10 @@ RUN test -z "$SYSTEM_PACKAGES" || { apt-get update \
     && apt-get install -y --no-install-recommends $SYSTEM_PACKAGES \
     && rm -rf /var/lib/apt/lists/*; }
 RUN useradd --create-home --uid 1000 castalia \
-    && mkdir -p /work \
-    && chown castalia /work
+    && mkdir -p /castalia \
+    && chown castalia /castalia
 ENV HOME=/home/castalia
-WORKDIR /work
+WORKDIR /castalia
 EXPOSE 8000
 ENTRYPOINT ["castalia"]
 CMD ["doctor"]

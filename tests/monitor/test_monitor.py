@@ -19,6 +19,7 @@ from castalia.monitor import (
     size_text,
 )
 from castalia.monitor.gpus import PEAK_TFLOPS
+from castalia.monitor.sinks import flatten_metrics
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,18 @@ def test_peaks_are_the_dense_ones_of_the_data_sheets():
     assert list(PEAK_TFLOPS).index("H100 PCIe") < list(PEAK_TFLOPS).index("H100"), (
         "the longer name must match first"
     )
+
+
+def test_charts_have_the_numbers_of_each_layer_of_experts():
+    layers = [
+        {"layer": 1, "load": [0.25, 0.75], "load_max": 1.5, "dropped": 0.0},
+        {"layer": 3, "load": [0.5, 0.5], "load_max": 1.0, "dropped": 0.125},
+    ]
+    flat = flatten_metrics({"loss": 2.0, "moe/layers": layers, "notes": ["a"], "none": []})
+    assert flat == {
+        "loss": 2.0,
+        "moe/layers/1/load_max": 1.5,
+        "moe/layers/1/dropped": 0.0,
+        "moe/layers/3/load_max": 1.0,
+        "moe/layers/3/dropped": 0.125,
+    }

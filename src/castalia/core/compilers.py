@@ -37,8 +37,9 @@ COMPILERS = ("g++", "clang++", "c++")
 ZIG = "zig"
 OLDEST_GLIBC = {"x86_64": "2.17", "aarch64": "2.17"}
 """What zig's libraries need, which makes them manylinux2014 (PEP 599)."""
-COMPILE_SECONDS = 300
-"""A compiler that takes longer hangs."""
+COMPILE_SECONDS = 900
+"""A compiler that takes longer hangs. zig compiles its own C++ library first, and takes over 300 s
+beside a busy machine's other work."""
 
 
 def chosen_compiler() -> tuple[str, ...] | None:

@@ -108,6 +108,7 @@ def load_metrics(loads: Sequence[LayerLoad]) -> dict[str, Any]:
         {
             "layer": load.layer,
             "load": load.load,
+            "load_max": load.load_max,
             "dropped": load.dropped_share,
             "entropy": load.entropy / load.tokens,
             "aux_loss": load.balance / load.rows,

@@ -156,14 +156,28 @@ class Sink:
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of nested metrics under one name each: {"a": {"b": 1}} -> {"a/b": 1}.
 
+    A list of layers has the number of each layer in the names: {"moe/layers": [{"layer": 3,
+    "entropy": 1.2}]} -> {"moe/layers/3/entropy": 1.2}. Other lists are dropped.
     Text, such as the reason of a skipped step, is dropped: a chart cannot draw it. So are NaN and
     infinity, which services refuse or draw as 0.
     """
-    flat = flatten(metrics)
+    flat = flatten({name: by_layer(value) for name, value in metrics.items()})
     return {
         name: value
         for name, value in flat.items()
         if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def by_layer(value: Any) -> Any:
+    """A list of layers as a mapping of their numbers; anything else as it is."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(layer, Mapping) and "layer" in layer for layer in value):
+        return value
+    return {
+        str(layer["layer"]): {name: each for name, each in layer.items() if name != "layer"}
+        for layer in value
     }
 
 
