@@ -44,7 +44,14 @@ SMALL = (
     "checkpoint.asynchronous=false",
 )
 CHOSEN = ("lambada_local", "choices_local", "pronouns_local")
-TIMES = {"time", "step_seconds", "data_seconds", "tokens_per_second", "memory_bytes"}
+TIMES = {
+    "time",
+    "step_seconds",
+    "data_seconds",
+    "tokens_per_second",
+    "model_tflops",
+    "memory_bytes",
+}
 TIMES |= {"save_seconds", "save_stall_seconds", "load_seconds"}
 FAULTY = """
 import torch

@@ -305,6 +305,17 @@ def other_run(o: NeoxOptions, out: NeoxReading) -> None:
         )
 
 
+MONITORED = (
+    "comms_logger",
+    "flops_profiler",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "wandb",
+)
+"""DeepSpeed's options about what is measured and where it is shown."""
+
+
 def deepspeed_extras(o: NeoxOptions, out: NeoxReading) -> None:
     """deepspeed_extra_args may only contain options without effect here."""
     extras = o.given.get("deepspeed_extra_args") or {}
@@ -312,7 +323,11 @@ def deepspeed_extras(o: NeoxOptions, out: NeoxReading) -> None:
         wrong(out, f"deepspeed_extra_args: expected a mapping, got {extras!r}")
         return
     for name in extras:
-        if name in WHY:
+        if name in MONITORED:
+            # Without effect on the weights: a published file keeps it here, and still trains.
+            where = "what is measured is read at the top level alone"
+            out.ignored.setdefault(where, []).append(f"deepspeed_extra_args.{name}")
+        elif name in WHY:
             out.ignored.setdefault(WHY[name], []).append(f"deepspeed_extra_args.{name}")
         else:
             wrong(out, f"deepspeed_extra_args.{name} is not read; write {name} at the top level")
