@@ -32,6 +32,8 @@ class Tried(Sink):
     steps: list
     tables: list
     before: staticmethod
+    restarting: staticmethod
+    flushing: staticmethod
 
     def start(self, step):
         self.kept.setdefault("id", "first")
@@ -44,6 +46,14 @@ class Tried(Sink):
     def table(self, name, step, rows):
         self.tables.append((name, step, rows))
 
+    def flush(self):
+        type(self).flushing()
+        return True
+
+    def restart(self, step):
+        type(self).restarting(step)
+        super().restart(step)
+
     def close(self):
         self.starts.append("closed")
 
@@ -54,6 +64,8 @@ def tried(monkeypatch):
     for name in ("steps", "tables", "starts"):
         setattr(Tried, name, [])
     Tried.before = staticmethod(lambda step: None)
+    Tried.restarting = staticmethod(lambda step: None)
+    Tried.flushing = staticmethod(lambda: None)
     Tried.rewinds = False
     monkeypatch.setitem(SINKS.items, "tried", Tried)
     monkeypatch.setattr(follower, "BACKOFF", (0.01,))
@@ -117,6 +129,76 @@ def test_a_rollback_is_sent_again_only_where_steps_can_be_taken_back(tried, tmp_
     close_sinks(sinks)
     again = (3, 4) if rewinds else ()
     assert tried.steps == flat(1, 2, 3, 4, *again, 5)
+
+
+def test_of_two_rollbacks_the_further_one_counts_and_a_failure_is_tried_again(tried, tmp_path):
+    tried.rewinds = True
+    gate = threading.Event()
+    failures = iter([True])
+
+    def fail(step):
+        if next(failures, False):
+            raise OSError
+
+    tried.before = staticmethod(lambda step: gate.wait() if step == 4 else None)
+    tried.restarting = staticmethod(fail)
+    sinks = sinks_of(tmp_path, tell=lambda text: None)
+    start(sinks)
+    write(sinks, 1, 2, 3, 4)
+    # Both while the sink is busy: it is to take back steps 2 to 4.
+    wait_for(lambda: len(tried.steps) == 3)
+    for first, last in ((1, 4), (2, 4)):
+        for sink in sinks:
+            sink.restart(first)
+        write(sinks, *range(first + 1, last + 1))
+    gate.set()
+    close_sinks(sinks)
+    assert tried.steps == flat(1, 2, 3, 4, 2, 3, 4)
+    assert tried.starts == [0, "closed", 1, "closed"]
+
+
+def test_a_resume_takes_back_all_steps_behind_its_checkpoint(tried, tmp_path, monkeypatch):
+    tried.rewinds = True
+    sinks = sinks_of(tmp_path)
+    start(sinks)
+    write(sinks, 1, 2, 3, 4)
+    close_sinks(sinks)
+    sinks = sinks_of(tmp_path)
+    # The thread begins when steps have been taken already.
+    gate = threading.Event()
+    run = sinks[1].run
+    monkeypatch.setattr(sinks[1], "run", lambda: gate.wait() and run())
+    start(sinks, 2)
+    write(sinks, 3, 4)
+    gate.set()
+    close_sinks(sinks)
+    assert tried.steps == flat(1, 2, 3, 4, 3, 4)
+
+
+def test_a_sink_that_cannot_flush_is_told_of_once(tried, tmp_path, monkeypatch):
+    monkeypatch.setattr(follower, "FLUSHED_EVERY", 0.0)
+    broken = threading.Event()
+
+    def flush():
+        if broken.is_set():
+            raise OSError("full")
+
+    tried.flushing = staticmethod(flush)
+    told = []
+    sinks = sinks_of(tmp_path, tell=told.append)
+    start(sinks)
+    write(sinks, 1)
+    wait_for(lambda: sinks[1].kept_step == 1)
+    broken.set()
+    for step in range(2, 6):
+        write(sinks, step)
+        wait_for(lambda step=step: sinks[1].record.delivered == step)
+    assert len(told) == 1 and "OSError: full; the run goes on" in told[0]
+    broken.clear()
+    wait_for(lambda: len(told) == 2)
+    assert told[1] == "monitor tried works again, and takes the steps from 5 on"
+    close_sinks(sinks)
+    assert tried.steps == flat(1, 2, 3, 4, 5)
 
 
 def test_a_sink_that_blocks_for_ever_costs_its_patience_at_the_end_alone(tried, tmp_path):

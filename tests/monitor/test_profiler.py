@@ -67,7 +67,7 @@ def test_bytes_by_part():
 
 def test_tables():
     costs = [Cost("small", 1e-6, 1), Cost("a" * 60, 3.0, 12345), Cost("mm", 1.0, 2, flops=10**9)]
-    lines = operation_lines(costs, 2)
+    lines = operation_lines(costs, 2, 4.0)
     assert [line.split() for line in lines] == [
         ["operation", "self", "time", "share", "calls", "FLOP/s"],
         [f"{'a' * (NAME - 3)}...", "3", "s", "75.0%", "12,345"],

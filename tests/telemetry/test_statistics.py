@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests.telemetry.statistics_of import BASE, LAYOUTS, NAMES, NOISE, ON, digest, trained
+from torch.autograd import DeviceType
 
 from castalia.core.errors import ConfigError
 from castalia.monitor.sinks.sink import flatten
@@ -144,16 +145,17 @@ def test_ranks_count_their_collectives(on_two):
 def test_kernels_and_calls_are_told_apart():
     """Events as torch's profiler has them on a GPU: launches on the host, kernels on the device."""
 
-    def event(name, began, ended, shapes=()):
-        return SimpleNamespace(
-            name=name, time_range=SimpleNamespace(start=began, end=ended), input_shapes=shapes
-        )
+    def event(name, began, ended, shapes=(), device=DeviceType.CUDA):
+        span = SimpleNamespace(start=began, end=ended)
+        return SimpleNamespace(name=name, time_range=span, input_shapes=shapes, device_type=device)
 
     events = [
-        event("nccl:_all_gather_base", 0, 5, [[], [16, 4]]),
+        event("nccl:_all_gather_base", 0, 5, [[], [16, 4]], DeviceType.CPU),
+        # The range of the same call on the device counts no second time.
+        event("nccl:_all_gather_base", 10, 40),
         event("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 10, 40),
         event("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 50, 60),
-        event("aten::mm", 0, 100, [[3, 3]]),
+        event("aten::mm", 0, 100, [[3, 3]], DeviceType.CPU),
     ]
     gather, kernel, sent = spans_of(events)
     assert (gather.kind, gather.numbers, gather.is_timed) == ("all_gather", 64, False)

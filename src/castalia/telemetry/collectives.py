@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.distributed import World
@@ -44,7 +45,11 @@ def spans_of(events: Iterable[Any]) -> Iterator[Span]:
     """The collectives among the events of a profile."""
     for event in events:
         span = event.time_range
-        if call := CALL.match(event.name):
+        call = CALL.match(event.name)
+        if call and event.device_type != DeviceType.CPU:
+            # The name of a call is also a range on the GPU, around its kernels.
+            continue
+        if call:
             shape: list[int] = next((sizes for sizes in event.input_shapes if sizes), [])
             numbers = 1 if shape else 0
             for size in shape:

@@ -154,7 +154,8 @@ class Telemetry:
         given = [vector for vector in vectors if vector is not None]
         if not given:
             return [[] for _ in vectors]
-        flat = torch.cat([vector.flatten() for vector in given])
+        # Vectors without a number may be on the CPU.
+        flat = torch.cat([vector.flatten().to(self.world.device) for vector in given])
         if self.world.size > 1:
             dist.all_reduce(flat, operation)
         # The one wait for the device.

@@ -31,7 +31,8 @@ class Watching(Statistic):
         finally:
             for handle in handles:
                 handle.remove()
-            self.finish()
+        # Not after an error: `finish` may be a collective, which the other ranks do not join.
+        self.finish()
 
     def install(self) -> list[RemovableHandle]:
         """Put the hooks into the model."""

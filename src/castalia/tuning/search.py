@@ -29,6 +29,7 @@ from castalia.data import DataConfig, IndexedDatasetWriter
 from castalia.data.curriculum import CurriculumConfig
 from castalia.distributed import World
 from castalia.mixing.config import MixingConfig
+from castalia.monitor.config import MonitorConfig
 from castalia.monitor.display import size_text
 from castalia.runs.config import RunConfig
 from castalia.runs.named_corpus import ensure_on_all
@@ -174,6 +175,8 @@ def with_rows(config: RunConfig, folder: str) -> tuple[RunConfig, str]:
     update: dict[str, Any] = {"parallel": plain, "train": train, "mixing": MixingConfig()}
     # Rows of full length: those of a curriculum's start are faster.
     update["curriculum"] = CurriculumConfig()
+    # Statistics of some steps would count as a part of each.
+    update["monitor"] = MonitorConfig()
     if config.adapter.kind == "none":
         # What weights are worth does not change how long they take.
         update["model"] = config.model.without_start()

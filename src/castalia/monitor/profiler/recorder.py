@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from castalia.core.files import atomic_write
@@ -133,6 +134,11 @@ class Recorder:
         else:
             torch.cuda.cudart().cudaProfilerStop()
 
+    def forget(self) -> None:
+        """Leave out the files, of a window that no step ended in."""
+        if self.config.memory and self.on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
     def write(self, last: int) -> list[str]:
         """Write the files of the steps up to `last`; lines for the log, the table among them.
 
@@ -154,28 +160,36 @@ class Recorder:
                 lines[0] += " were marked for nsys"
                 lines += self.write_memory(name)
         finally:
-            if self.config.memory and self.on_gpu:
-                torch.cuda.memory._record_memory_history(enabled=None)
+            self.forget()
         return lines
 
     def write_table(self, name: str) -> list[str]:
         """The dearest operations, which are returned, and all parts, to a text file."""
         assert self.profiler is not None
         operations = []
+        busy = 0.0
         parts: dict[str, Cost] = {}
         total = 0.0
-        python = self.python_functions()
+        hidden = {MEMORY, *self.python_functions()}
+        timed = DeviceType.CPU
+        if self.on_gpu and ProfilerActivity.CUDA in supported_activities():
+            timed = DeviceType.CUDA
         for event in self.profiler.key_averages():
-            if event.is_user_annotation:
+            on_host = event.device_type == DeviceType.CPU
+            # A GPU has a range of the same name, around the kernels: parts are timed on the host.
+            if event.is_user_annotation and on_host:
                 cost = Cost(event.key, event.cpu_time_total / 1e6, event.count)
                 total += cost.seconds if event.key.startswith(STEP) else 0.0
                 parts[event.key] = cost
-            elif event.key != MEMORY and event.key not in python:
+            elif not event.is_user_annotation and event.key not in hidden:
                 micros = event.self_cpu_time_total
-                if self.on_gpu and ProfilerActivity.CUDA in supported_activities():
+                if timed == DeviceType.CUDA:
                     micros = event.self_device_time_total
+                # The time of a kernel is also that of the operation that launched it.
+                if event.device_type == timed:
+                    busy += micros / 1e6
                 operations.append(Cost(event.key, micros / 1e6, event.count, event.flops))
-        table = operation_lines(operations, self.config.top)
+        table = operation_lines(operations, self.config.top, busy)
         ours = [parts[each] for each in self.names if each in parts]
         with atomic_write(self.folder / f"{name}.txt", synced=False) as file:
             file.write("\n".join([*table, "", *part_lines(ours, total), ""]))

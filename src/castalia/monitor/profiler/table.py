@@ -19,9 +19,11 @@ class Cost(NamedTuple):
     flops: int = 0
 
 
-def operation_lines(costs: Sequence[Cost], top: int) -> list[str]:
-    """A header, and one line for each of the `top` dearest operations."""
-    total = sum(cost.seconds for cost in costs)
+def operation_lines(costs: Sequence[Cost], top: int, total: float) -> list[str]:
+    """A header, and one line for each of the `top` dearest operations; shares of `total` seconds.
+
+    On a GPU kernels and the operations that launch them have lines, so that seconds add up to more.
+    """
     chosen = sorted(costs, key=lambda cost: -cost.seconds)[:top]
     lines = [f"{'operation':<{NAME}} {'self time':>10} {'share':>6} {'calls':>8}"]
     counted = any(cost.flops for cost in chosen)

@@ -52,7 +52,6 @@ class Follower(Sink):
         self.wake = threading.Event()
         self.lock = threading.Lock()
         # Set by the run, read by the thread.
-        self.newest = 0
         self.rolled_back: int | None = None
         self.amended: tuple[int, dict[str, Any]] | None = None
         self.ending = threading.Event()
@@ -64,6 +63,7 @@ class Follower(Sink):
         self.flushed = 0.0
         self.kept_step = -1
         self.seen_samples = 0
+        self.flush_failed = False
         # Set by the thread, read by the run.
         self.busy_since: float | None = None
         self.failures = 0
@@ -84,7 +84,8 @@ class Follower(Sink):
             self.sink.library.load(f"monitor {self.name}")
         self.sink.kept = self.record.kept
         self.sink.about = self.about
-        self.newest = step
+        with self.lock:
+            self.rolled_back = step
         self.ending.clear()
         self.is_done = False
         # A daemon: a call that hangs must not keep the process from ending.
@@ -93,7 +94,6 @@ class Follower(Sink):
 
     def take(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Wake the thread: the step stands in metrics.jsonl."""
-        self.newest = step
         self.wake.set()
         self.watch()
 
@@ -106,8 +106,9 @@ class Follower(Sink):
     def restart(self, step: int) -> None:
         """Continue after `step`; metrics.jsonl has dropped those behind it."""
         with self.lock:
-            self.rolled_back = step
-        self.newest = step
+            # An earlier one that the thread has not come to yet may reach further back.
+            earlier = self.rolled_back
+            self.rolled_back = step if earlier is None else min(step, earlier)
         self.wake.set()
 
     def end(self) -> None:
@@ -169,6 +170,8 @@ class Follower(Sink):
                 self.failed(error)
             finally:
                 self.busy_since = None
+            if self.is_abandoned:
+                return
             if self.ending.is_set():
                 at_end += 1
                 # An error of the config does not go away by itself.
@@ -201,11 +204,9 @@ class Follower(Sink):
     def begin(self) -> None:
         """Start the sink behind the last step that it has."""
         with self.lock:
-            step, self.rolled_back = self.rolled_back, None
-        if step is None:
-            step = self.newest
+            step = self.rolled_back
         delivered = self.record.delivered
-        if self.sink.rewinds:
+        if self.sink.rewinds and step is not None:
             delivered = min(delivered, step)
             self.record.tables = min(self.record.tables, step)
         self.sink.start(delivered)
@@ -217,11 +218,12 @@ class Follower(Sink):
         self.record.delivered = delivered
         self.record.save()
         self.is_started = True
+        self.settle(step)
 
     def roll_back(self) -> None:
         """Take back the steps that run again, where the sink can."""
         with self.lock:
-            step, self.rolled_back = self.rolled_back, None
+            step = self.rolled_back
         if step is None:
             return
         self.tail.rewind()
@@ -229,6 +231,13 @@ class Follower(Sink):
             self.sink.restart(step)
             self.record.delivered = step
             self.record.tables = min(self.record.tables, step)
+        self.settle(step)
+
+    def settle(self, step: int | None) -> None:
+        """Forget a rollback that the sink has followed: not before, since the sink may fail."""
+        with self.lock:
+            if self.rolled_back == step:
+                self.rolled_back = None
 
     def deliver(self, record: dict[str, Any]) -> None:
         """Hand one step to the sink."""
@@ -239,7 +248,8 @@ class Follower(Sink):
         self.sink.take(step, metrics)
         self.record.delivered = step
         self.last_line = metrics
-        if self.failures:
+        # A service that fails to flush takes every step, and would recover with each of them.
+        if self.failures and not self.flush_failed:
             self.recovered(step)
         self.flush_if_due()
 
@@ -265,23 +275,32 @@ class Follower(Sink):
     def add_amended(self) -> None:
         """Add numbers to the last step, if its line was delivered without them."""
         with self.lock:
-            amended, self.amended = self.amended, None
-        if amended is None or amended[0] != self.record.delivered:
+            amended = self.amended
+        if amended is None:
             return
         step, metrics = amended
         missing = flatten(metrics).keys() - flatten(self.last_line).keys()
         flat = {name: value for name, value in flatten_metrics(metrics).items() if name in missing}
-        if flat:
+        if flat and step == self.record.delivered:
             self.sink.amend(step, metrics if self.sink.nested else flat)
+        # Not before: the sink may fail, and is asked again.
+        with self.lock:
+            if self.amended is amended:
+                self.amended = None
 
     def flush_if_due(self) -> float | None:
         """Keep what was delivered, once a second; seconds until that is due, None if it is not."""
-        if self.flushed and self.record.delivered == self.kept_step:
+        if self.is_abandoned or (self.flushed and self.record.delivered == self.kept_step):
             return None
         left = self.flushed + FLUSHED_EVERY - time.monotonic()
         if left > 0:
             return left
-        if self.sink.flush():
+        self.flush_failed = True
+        is_kept = self.sink.flush()
+        self.flush_failed = False
+        if self.failures:
+            self.recovered(self.record.delivered)
+        if is_kept:
             self.record.save()
         self.kept_step = self.record.delivered
         self.flushed = time.monotonic()
@@ -297,6 +316,8 @@ class Follower(Sink):
                 self.record.files[name] = digest
         self.sink.close()
         self.tail.close()
+        if self.is_abandoned:
+            return
         self.record.save()
         self.is_started = False
         self.is_done = True

@@ -107,6 +107,7 @@ class Profile(Hook):
             self.watchdog.progressed()
             if self.step < recorder.first:
                 # Nothing but the start of a step.
+                recorder.forget()
                 return
             lines = recorder.write(self.step)
         except (OSError, RuntimeError, CastaliaError) as error:
