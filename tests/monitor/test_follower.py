@@ -131,7 +131,10 @@ def test_a_rollback_is_sent_again_only_where_steps_can_be_taken_back(tried, tmp_
     assert tried.steps == flat(1, 2, 3, 4, *again, 5)
 
 
-def test_of_two_rollbacks_the_further_one_counts_and_a_failure_is_tried_again(tried, tmp_path):
+def test_of_two_rollbacks_the_further_one_counts_and_a_failure_is_tried_again(
+    tried, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(follower, "FLUSHED_EVERY", 0.0)
     tried.rewinds = True
     gate = threading.Event()
     failures = iter([True])
@@ -173,6 +176,27 @@ def test_a_resume_takes_back_all_steps_behind_its_checkpoint(tried, tmp_path, mo
     gate.set()
     close_sinks(sinks)
     assert tried.steps == flat(1, 2, 3, 4, 3, 4)
+
+
+def test_what_was_not_flushed_before_a_failure_is_sent_again(tried, tmp_path, monkeypatch):
+    monkeypatch.setattr(follower, "FLUSHED_EVERY", 1000.0)
+    tried.rewinds = True
+    failures = iter([True])
+
+    def fail(step):
+        if step == 4 and next(failures, False):
+            raise OSError
+
+    tried.before = staticmethod(fail)
+    sinks = sinks_of(tmp_path, tell=lambda text: None)
+    start(sinks)
+    write(sinks, 1)
+    # The only flush: at the start, before the first step or behind it.
+    wait_for(lambda: sinks[1].kept_step >= 0)
+    again = range(sinks[1].kept_step + 1, 4)
+    write(sinks, 2, 3, 4)
+    close_sinks(sinks)
+    assert tried.steps == flat(1, 2, 3, *again, 4)
 
 
 def test_a_sink_that_cannot_flush_is_told_of_once(tried, tmp_path, monkeypatch):

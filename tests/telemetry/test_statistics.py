@@ -177,7 +177,8 @@ def test_averages_of_the_noise_scale_survive_a_resume(tmp_path):
     ("options", "words"),
     [
         (["parallel.pp=2"], "pipeline"),
-        (["train.batch_size=1", "train.micro_batch_size=null"], "two rows"),
+        (["train.batch_size=1", "train.micro_batch_size=null"], "two rows.*to 2 or"),
+        (["parallel.dp_shard=12", "train.micro_batch_size=null"], "two rows.*to 24 or"),
     ],
 )
 def test_what_the_noise_scale_cannot_do_is_refused(options, words):

@@ -22,5 +22,10 @@ def statistics_problems(config: "RunConfig") -> Iterator[str]:
             f"{key} compares gradients of independent rows, and rows of loss.kind="
             f"{config.loss.kind} belong together; set it to null"
         )
-    if config.train.batch_size < 2:
-        yield f"{key} needs two rows in a batch; raise train.batch_size or set it to null"
+    # A rank with one row has no part of its rows. Where dp_shard is open, one rank is assumed.
+    ranks = config.parallel.dp_replicate * (config.parallel.dp_shard or 1)
+    if config.train.batch_size < 2 * ranks:
+        yield (
+            f"{key} needs two rows for each data-parallel rank; raise train.batch_size to"
+            f" {2 * ranks} or set it to null"
+        )

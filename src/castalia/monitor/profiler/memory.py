@@ -46,7 +46,7 @@ def by_part(spans: Iterable[Span], changes: Iterable[Change]) -> list[PartBytes]
     now = 0
     open_parts: list[str] = []
     calls: dict[str, int] = {}
-    own: dict[str, list[int]] = {}
+    own: dict[str, tuple[int, int]] = {}
     peaks: dict[str, int] = {}
     for _, kind, what in moments:
         if kind == 0 and what in open_parts:
@@ -61,7 +61,12 @@ def by_part(spans: Iterable[Span], changes: Iterable[Change]) -> list[PartBytes]
             for name in open_parts:
                 peaks[name] = max(peaks[name], now)
             if open_parts:
-                own.setdefault(open_parts[-1], [0, 0])[what < 0] += abs(what)
+                allocated, released = own.get(open_parts[-1], (0, 0))
+                if what < 0:
+                    released -= what
+                else:
+                    allocated += what
+                own[open_parts[-1]] = (allocated, released)
     parts = []
     for name, peak in peaks.items():
         allocated, released = own.get(name, (0, 0))

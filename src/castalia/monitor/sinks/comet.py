@@ -81,14 +81,14 @@ class CometSink(Sink):
             place = self.folder / FOLDER
             place.mkdir(exist_ok=True)
             options["offline_directory"] = str(place)
-            kinds = (comet.OfflineExperiment, comet.ExistingOfflineExperiment)
+            kind = comet.ExistingOfflineExperiment if again else comet.OfflineExperiment
         else:
             if comet.get_api_key(None, comet.get_config()) is None:
                 raise ConfigError(
                     "no key of Comet: set COMET_API_KEY, run `comet login`, or set mode: offline"
                 )
-            kinds = (comet.Experiment, comet.ExistingExperiment)
-        self.experiment = kinds[again](experiment_key=key, **options)
+            kind = comet.ExistingExperiment if again else comet.Experiment
+        self.experiment = kind(experiment_key=key, **options)
         if not self.is_offline and not self.experiment.alive:
             self.experiment = None
             raise CastaliaError("Comet does not answer")

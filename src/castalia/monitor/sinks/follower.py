@@ -231,6 +231,7 @@ class Follower(Sink):
             self.sink.restart(step)
             self.record.delivered = step
             self.record.tables = min(self.record.tables, step)
+            self.kept_step = min(self.kept_step, step)
         self.settle(step)
 
     def settle(self, step: int | None) -> None:
@@ -311,7 +312,10 @@ class Follower(Sink):
         self.send_samples(self.record.delivered)
         for name in FILES:
             path = self.folder / name
-            if path.is_file() and self.record.files.get(name) != (digest := sha256_of(path)):
+            if not path.is_file():
+                continue
+            digest = sha256_of(path)
+            if self.record.files.get(name) != digest:
                 self.sink.file(path)
                 self.record.files[name] = digest
         self.sink.close()
@@ -325,6 +329,9 @@ class Follower(Sink):
     def failed(self, error: Exception) -> None:
         """Note a failure; the first one in a row is told."""
         self.failures += 1
+        # What was taken since the last flush may be lost with the queue of the sink.
+        if self.sink.rewinds and 0 <= self.kept_step < self.record.delivered:
+            self.restart(self.kept_step)
         text = " ".join(str(error).split())
         kind = type(error).__name__
         self.reason = f"{kind}: {text}" if text else kind

@@ -148,11 +148,7 @@ class JsonlSink(Sink):
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line. NaN and infinity become null, because JSON has neither."""
-        clean: dict[str, Any] = {"step": step}
-        for name, value in metrics.items():
-            missing = isinstance(value, float) and not math.isfinite(value)
-            clean[name] = None if missing else value
-        self.log.append(json.dumps(clean), step)
+        self.log.append(json.dumps({"step": step, **finite(metrics)}), step)
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the line of `step`, the newest one, again with more metrics."""
@@ -168,6 +164,17 @@ class JsonlSink(Sink):
     def close(self) -> None:
         """Flush to disk and close."""
         self.log.close()
+
+
+def finite(value: Any) -> Any:
+    """A value of JSON with null in the place of NaN and infinity, however deep they stand."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return value
 
 
 def with_lost(texts: Mapping[int, bytes], is_headless: bool, least: int) -> Iterator[bytes]:

@@ -10,8 +10,7 @@ from castalia.core.extras import require
 from castalia.monitor.sinks.sink import SINKS, Library, Sink, SinkConfig, flatten
 
 PARAMETERS_AT_ONCE = 100
-METRICS_AT_ONCE = 1000
-"""Of one request, MLflow's limits."""
+"""Of one request, MLflow's limit."""
 LONGEST = 500
 """Characters of a parameter that every store takes."""
 
@@ -111,12 +110,7 @@ class MlflowSink(Sink):
             for name, value in metrics.items()
             if (name, step) not in self.known
         ]
-        for first in range(0, len(points), METRICS_AT_ONCE):
-            some = points[first : first + METRICS_AT_ONCE]
-            self.client.log_batch(self.kept["id"], metrics=some)
-            # Should a later request fail, the step comes again.
-            self.known |= {(point.key, step) for point in some}
-        self.known = {(name, known) for name, known in self.known if known > step}
+        self.client.log_batch(self.kept["id"], metrics=points)
 
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table among the artifacts, in the form that MLflow shows."""

@@ -86,15 +86,21 @@ class TensorboardSink(Sink):
 
     def flush(self) -> bool:
         """Have the queue written."""
-        if self.writer is not None:
-            self.writer.flush()
+        try:
+            if self.writer is not None:
+                self.writer.flush()
+        except Exception:
+            self.writer = None
+            raise
         return True
 
     def close(self) -> None:
         """End the event file."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        writer = self.writer
+        # Before the call: a writer that failed fails to close, too.
+        self.writer = None
+        if writer is not None:
+            writer.close()
 
 
 def markdown(value: Any) -> str:
