@@ -12,6 +12,7 @@ from castalia.core.errors import ConfigError
 from castalia.monitor.sinks.sink import flatten
 from castalia.recipes import load_config
 from castalia.telemetry.collectives import spans_of
+from castalia.telemetry.watch import Watching
 from castalia.train.hooks import Save
 
 
@@ -161,6 +162,27 @@ def test_kernels_and_calls_are_told_apart():
     assert (gather.kind, gather.numbers, gather.is_timed) == ("all_gather", 64, False)
     assert (kernel.kind, kernel.is_call, kernel.ended - kernel.began) == ("all_gather", False, 30)
     assert sent.kind == "send"
+
+
+def test_an_error_in_the_passes_is_not_followed_by_a_collective():
+    """The other ranks would not join it."""
+
+    class Watched(Watching):
+        finished = 0
+
+        def install(self):
+            return []
+
+        def finish(self):
+            self.finished += 1
+
+    watched = Watched(1, torch.nn.Linear(1, 1))
+    with pytest.raises(MemoryError), watched.watch():
+        raise MemoryError
+    assert watched.finished == 0
+    with watched.watch():
+        pass
+    assert watched.finished == 1
 
 
 def test_averages_of_the_noise_scale_survive_a_resume(tmp_path):
