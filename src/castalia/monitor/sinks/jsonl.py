@@ -172,7 +172,7 @@ def finite(value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {name: finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return value
 

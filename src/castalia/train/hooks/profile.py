@@ -112,6 +112,7 @@ class Profile(Hook):
             lines = recorder.write(self.step)
         except (OSError, RuntimeError, CastaliaError) as error:
             where = f"steps {recorder.first} to {self.step} of rank {self.world.rank}"
+            recorder.forget()
             warn(f"the profile of {where} is not written, and the run goes on: {error}")
             return
         if cut:
