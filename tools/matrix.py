@@ -75,15 +75,19 @@ def found_python(version: str) -> Path | None:
 def run(words: list[str], cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command, its output kept."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        words,
-        cwd=cwd,
-        env=clean | settings,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            words,
+            cwd=cwd,
+            env=clean | settings,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        # A failure of one pair; the table has the others.
+        return subprocess.CompletedProcess(words, 124, "", f"did not end within {SECONDS} s")
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint import read
+from castalia.checkpoint import SavePolicy, read
+from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.mirror import Mirror, logs_of
 from castalia.checkpoint.mirroring import Mirroring
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
@@ -18,7 +19,7 @@ from castalia.data import IndexedDatasetWriter
 from castalia.integrity.checking import check_folders
 from castalia.recipes import load_config
 from castalia.runs.hook import Hook
-from castalia.storage import ObjectStore, StorageError, Transfer
+from castalia.storage import ObjectStore, StorageError, Transfer, objects
 from castalia.storage.urls import file_system
 from castalia.train.run import run
 
@@ -296,6 +297,83 @@ def test_the_newest_step_goes_first_and_a_damaged_one_never(whole, tmp_path):
     (warning,) = warnings
     assert "step 4 is not mirrored" in warning and "SHA-256 differs" in warning
     assert mirroring.spare([2, 4]) == [2, 4]
+
+
+def mirroring_of(whole: Path, tmp_path: Path, keep: int | None = None):
+    """(Mirroring that is not started, its warnings, its local checkpoints) of a copy of a run."""
+    shutil.copytree(whole, tmp_path / "run")
+    store = ObjectStore(f"file://{tmp_path}/mirror", Transfer(retries=0))
+    warnings: list[str] = []
+    mirroring = Mirroring(
+        Mirror(store, tmp_path / "run"),
+        expired=SavePolicy(CheckpointConfig(keep=keep), 6).expired,
+        hold=1,
+        say=lambda text: None,
+        warn=warnings.append,
+    )
+    return mirroring, warnings, tmp_path / "run/checkpoints"
+
+
+@pytest.mark.parametrize("chunk", [64 << 20, 1])
+def test_a_local_step_without_a_file_does_not_stop_the_others(whole, tmp_path, chunk, monkeypatch):
+    monkeypatch.setattr(objects, "LEAST_PART", 1)
+    mirroring, warnings, folder = mirroring_of(whole, tmp_path)
+    mirroring.mirror.store.transfer = Transfer(chunk=chunk, retries=0)
+    name = "step-00000006/model-00000.safetensors"
+    (folder / name).unlink()
+    mirroring.round(with_logs=True)
+    assert mirroring.mirror.steps() == [2, 4]
+    (warning,) = warnings
+    assert f"step 6 is not mirrored: cannot read {folder / name}: No such file" in warning
+    # Saved anew, it is sent.
+    shutil.rmtree(folder / "step-00000006")
+    shutil.copytree(folder / "step-00000004", folder / "step-00000006")
+    assert mirroring.waiting() == [6]
+
+
+def test_a_step_that_is_saved_anew_after_the_first_look_replaces_the_one_there(whole, tmp_path):
+    mirroring, warnings, folder = mirroring_of(whole, tmp_path)
+    mirror = mirroring.mirror
+    mirroring.round(with_logs=True)
+    name = "checkpoints/step-00000006/model-00000.safetensors"
+    content = mirror.store.read(name)
+    mirror.store.write(name, content[:-1] + bytes([content[-1] ^ 1]))
+    # A restore found the damage, so that the run does not have the step when the mirror is asked.
+    mirror.distrust(6)
+    (folder / "step-00000006").rename(tmp_path / "later")
+    again = Mirroring(
+        mirror, expired=lambda steps: [], hold=1, say=warnings.append, warn=warnings.append
+    )
+    again.round(with_logs=False)
+    assert again.waiting() == []
+    (tmp_path / "later").rename(folder / "step-00000006")
+    assert again.waiting() == [6] and again.spare([6]) == []
+    again.round(with_logs=False)
+    assert mirror.store.read(name) == content and not warnings
+
+
+def test_a_step_beyond_the_run_does_not_push_out_those_below(whole, tmp_path):
+    mirroring, _, folder = mirroring_of(whole, tmp_path, keep=1)
+    mirroring.round(with_logs=True)
+    assert mirroring.mirror.steps() == [6]
+    shutil.rmtree(folder / "step-00000006")
+    mirroring.round(with_logs=True)
+    assert mirroring.mirror.steps() == [4, 6]
+
+
+def test_a_log_that_cannot_be_read_is_tried_again(whole, tmp_path, monkeypatch):
+    mirroring, _, _ = mirroring_of(whole, tmp_path)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("castalia.checkpoint.mirror.seal_of", denied)
+    with pytest.raises(StorageError, match=r"cannot read .*: Permission denied") as caught:
+        mirroring.round(with_logs=True)
+    assert caught.value.passing and mirroring.mirror.steps() == []
+    monkeypatch.undo()
+    mirroring.round(with_logs=True)
+    assert mirroring.mirror.steps() == [2, 4, 6]
 
 
 def test_which_files_are_logs(tmp_path):

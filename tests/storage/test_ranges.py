@@ -112,6 +112,29 @@ def test_an_object_that_was_changed_is_an_error(remote, monkeypatch):
         IndexedDataset(remote)
 
 
+def test_blocks_of_a_changed_object_do_not_outlive_it(remote, local, monkeypatch):
+    parent, _, name = remote.rpartition("/")
+    store = ObjectStore(parent)
+    content = Path(f"{local}.bin").read_bytes()
+    dataset = IndexedDataset(remote)
+    # Its size is the same, and the comparison of before is still good.
+    store.write(f"{name}.bin", bytes(len(content)))
+    assert dataset.buffer[:100] == bytes(100)
+    monkeypatch.setattr(twins, "TWINS", {})
+    with pytest.raises(DataError, match="was changed since"):
+        IndexedDataset(remote)
+    store.write(f"{name}.bin", content)
+    assert IndexedDataset(remote).buffer[:100] == content[:100]
+
+
+def test_blocks_that_nobody_reads_are_not_kept_in_memory(remote, local):
+    buffer = IndexedDataset(remote).buffer
+    buffer.fetch(0, 40 * BLOCK_BYTES)
+    buffer.pool.shutdown(wait=True)
+    assert not buffer.coming
+    assert buffer[: 30 * BLOCK_BYTES] == Path(f"{local}.bin").read_bytes()[: 30 * BLOCK_BYTES]
+
+
 def test_the_cache_is_bounded_and_mends_itself(remote, local, tmp_path, link):
     folder = tmp_path / "blocks"
     words = ["debug", f"data.train={remote}", f"data.cache={folder}", "data.cache_gib=0.001"]

@@ -58,6 +58,10 @@ class Mirror:
         """The name of a step's folder."""
         return f"{CHECKPOINTS}/{step_name(step)}"
 
+    def ledger(self, step: int) -> str:
+        """The name of the object that lists the files of a step that were sent."""
+        return f"{LEDGER}/{step_name(step)}.json"
+
     def steps(self) -> list[int]:
         """The complete steps, ascending."""
         found = []
@@ -83,7 +87,9 @@ class Mirror:
             place = self.place(step)
             present = self.store.sizes(place)
             if f"{place}/{COMPLETE}" in present:
-                if self.store.read(f"{place}/{COMPLETE}") == mark:
+                is_same = self.store.read(f"{place}/{COMPLETE}") == mark
+                # Without the ledger a restore found it damaged.
+                if is_same and self.read_json(self.ledger(step)):
                     return mark.decode()
                 # Saved anew since: what is there must not count as whole while files change.
                 self.store.delete([f"{place}/{COMPLETE}"])
@@ -98,7 +104,7 @@ class Mirror:
         self, folder: Path, step: int, seals: dict[str, Seal], present: dict[str, int]
     ) -> None:
         """Send the files of a step that are not there, and note each in the ledger."""
-        ledger = f"{LEDGER}/{step_name(step)}.json"
+        ledger = self.ledger(step)
         noted = self.read_json(ledger)
         for name, seal in seals.items():
             target = f"{self.place(step)}/{name}"
@@ -150,7 +156,10 @@ class Mirror:
         return changed
 
     def send_log(self, path: Path, name: str, known: list[Any] | None) -> Seal | None:
-        """Send one log as it is now; what was sent, or None if the mirror has it."""
+        """Send one log as it is now; what was sent, or None if the mirror has it.
+
+        Raises  StorageError, also for a log that cannot be read: it is tried again with the rest.
+        """
         for left in range(ATTEMPTS - 1, -1, -1):
             try:
                 # A log grows while it is read: the first bytes stay as they are.
@@ -162,10 +171,13 @@ class Mirror:
                 return None
             except StorageError:
                 raise
-            except CastaliaError:
+            except OSError as error:
+                reason = f"cannot read {path}: {error.strerror or error}"
+                raise StorageError(reason, passing=True) from error
+            except CastaliaError as error:
                 # Rewritten between the two reads, as a rollback does.
                 if left == 0:
-                    raise
+                    raise StorageError(str(error), passing=True) from error
                 continue
             self.sent_bytes += seal.size or 0
             return seal
@@ -173,13 +185,13 @@ class Mirror:
 
     def distrust(self, step: int) -> None:
         """Forget what of a step was sent: all of it is sent anew when it is saved anew."""
-        self.store.delete([f"{LEDGER}/{step_name(step)}.json"])
+        self.store.delete([self.ledger(step)])
 
     def delete_step(self, step: int) -> None:
         """Delete a step; from the first moment on it does not exist."""
         place = self.place(step)
         names = [name for name in self.store.sizes(place) if name != f"{place}/{COMPLETE}"]
-        self.store.delete([f"{place}/{COMPLETE}", *names, f"{LEDGER}/{step_name(step)}.json"])
+        self.store.delete([f"{place}/{COMPLETE}", *names, self.ledger(step)])
 
 
 def logs_of(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from castalia.checkpoint.find import complete_steps, ranges_of
 from castalia.checkpoint.mirror import CHECKPOINTS, Mirror
+from castalia.checkpoint.names import COMPLETE, step_name
 from castalia.core.errors import CastaliaError
 from castalia.monitor.display import size_text
 from castalia.storage import StorageError
@@ -51,11 +52,12 @@ class Mirroring:
         self.there: set[int] | None = None
         """Steps that are whole on the mirror; None until it was asked."""
         self.unsure: set[int] = set()
-        """Those among them that may have been saved anew here since."""
+        """Those among them that this process has not compared: they may be damaged, and saved anew
+        here."""
         self.sent: list[int] = []
         """Steps that this process sent."""
-        self.unfit: set[int] = set()
-        """Local steps that are damaged, and never sent."""
+        self.unfit: dict[int, bytes] = {}
+        """Local steps that are damaged -> their COMPLETE; not sent until they are saved anew."""
         self.fault: StorageError | None = None
         """Why the last attempt failed; None after one that did not."""
         self.told: set[int] = set()
@@ -106,7 +108,7 @@ class Mirroring:
         """Send every step that is missing, and the logs if there were any or they are due."""
         if self.there is None:
             self.there = set(self.mirror.steps())
-            self.unsure = self.there & set(complete_steps(self.folder))
+            self.unsure = set(self.there)
         for step in self.waiting():
             self.send(step)
             self.expire()
@@ -118,6 +120,7 @@ class Mirroring:
         """Send one step, with the logs as they are by then."""
         assert self.there is not None
         before = self.mirror.sent_bytes
+        mark = self.mark_of(step)
         try:
             self.mirror.send_step(step, self.mirror.send_logs)
         except StorageError:
@@ -125,7 +128,7 @@ class Mirroring:
         except CastaliaError as error:
             # A step that was deleted meanwhile is no fault.
             if step in complete_steps(self.folder):
-                self.unfit.add(step)
+                self.unfit[step] = mark
                 self.warn(f"checkpoint.mirror: step {step} is not mirrored: {error}")
             return
         self.there.add(step)
@@ -136,17 +139,41 @@ class Mirroring:
     def expire(self) -> None:
         """Delete there what its policy does not keep."""
         assert self.there is not None
-        for old in self.expired(sorted(self.there)):
+        for old in self.surplus(self.there, self.sound_steps()):
             self.mirror.delete_step(old)
             self.there.discard(old)
             self.unsure.discard(old)
 
+    def mark_of(self, step: int) -> bytes:
+        """COMPLETE of a local step, which every save has of its own; empty without one."""
+        try:
+            return (self.folder / step_name(step) / COMPLETE).read_bytes()
+        except OSError:
+            return b""
+
+    def sound_steps(self) -> list[int]:
+        """The complete local steps, ascending, without those that were found damaged."""
+        # A copy: the other thread may add to it meanwhile.
+        unfit = dict(self.unfit)
+        return [
+            step
+            for step in complete_steps(self.folder)
+            if step not in unfit or unfit[step] != self.mark_of(step)
+        ]
+
+    def surplus(self, steps: set[int], here: list[int]) -> list[int]:
+        """Those of `steps` that the policy of the mirror does not keep, beside the local `here`."""
+        # A step beyond the local ones is damaged, or of an earlier start. As the newest it would
+        # push out the good ones below it.
+        newest = max(here, default=-1)
+        return self.expired(sorted(step for step in steps if step <= newest))
+
     def waiting(self) -> list[int]:
         """The steps that are to be mirrored and are not yet, the newest first."""
-        here = complete_steps(self.folder)
+        here = self.sound_steps()
         there = self.there or set()
-        kept = set(here) - set(self.expired(sorted(there | set(here))))
-        return sorted(kept - (there - self.unsure) - self.unfit, reverse=True)
+        kept = set(here) - set(self.surplus(there | set(here), here))
+        return sorted(kept - (there - self.unsure), reverse=True)
 
     def fail(self, error: StorageError) -> None:
         """Tell once that the mirror is gone."""

@@ -32,7 +32,9 @@ def check_mirror(url: str) -> Iterator[CheckedFile]:
         place = mirror.store.url_of(mirror.place(step))
         try:
             manifest = manifest_of(mirror, step)
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
+            if isinstance(error, StorageError) and not error.missing:
+                raise
             yield CheckedFile(f"{place}/{MANIFEST}", f"{place} is damaged: {error}")
             continue
         yield CheckedFile(f"{place}/{MANIFEST}", None, f"SHA-256 in {COMPLETE}")

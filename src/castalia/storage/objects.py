@@ -254,8 +254,13 @@ class ObjectStore:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
                 with ThreadPoolExecutor(FETCHES) as pool:
-                    for done in [pool.submit(part, start) for start in starts]:
-                        done.result()
+                    try:
+                        for done in [pool.submit(part, start) for start in starts]:
+                            done.result()
+                    except BaseException:
+                        # Else each of the other ranges would be tried, with all its retries.
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -284,7 +289,8 @@ def tag_of(found: Mapping[str, Any]) -> str:
 class Pieces:
     """The bytes of a local file, throttled, a MiB at a time, hashed on the way.
 
-    Raises  CastaliaError after the last piece if the file is not what its seal says.
+    Raises  CastaliaError if the file cannot be read, and after the last piece if it is not what its
+            seal says.
     """
 
     def __init__(self, store: ObjectStore | None, path: Path, seal: Seal, size: int) -> None:
@@ -294,6 +300,14 @@ class Pieces:
         self.size = size
 
     def __iter__(self) -> Iterator[bytes]:
+        try:
+            yield from self.read()
+        except OSError as error:
+            # Else it would count as an error of the store, and be tried again for ever.
+            raise CastaliaError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def read(self) -> Iterator[bytes]:
+        """See the class."""
         digest = hashlib.sha256()
         left = self.size
         with open(self.path, "rb") as file:

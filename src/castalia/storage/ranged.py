@@ -7,11 +7,13 @@ FOLDER/0000/00000123     one block and its CRC-32; written under another name an
 
 import itertools
 import os
+import random
+import shutil
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +42,8 @@ SWEPT_SHARE = 8
 """The folder is measured after each so many parts of its limit that were written."""
 KEPT_SHARE = 0.9
 """Share of the limit that is left when blocks are deleted."""
+Coming = Future[dict[int, bytes]]
+"""Blocks of one request, by number."""
 
 
 class RangedFile:
@@ -59,15 +63,20 @@ class RangedFile:
         self.folder = folder
         self.limit = limit
         self.lock = threading.Lock()
-        self.coming: dict[int, Future[dict[int, bytes]]] = {}
+        self.coming: dict[int, Coming] = {}
         """Blocks that are being fetched, by number."""
         self.whole: set[int] = set()
         """Blocks whose checksum this process has compared."""
         self.pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ranges")
         self.checked_at = float("-inf")
+        self.fault: str | None = None
+        """How the object was changed, once that was noticed."""
         self.end = -1
         """Where the last read ended."""
-        self.written = 0
+        # Ranks write at the same rate: they should not all measure the folder at the same time.
+        # Not by the generator of the process, which belongs to the run.
+        self.written = int(random.SystemRandom().uniform(0, (limit or 0) / SWEPT_SHARE))
+        """Bytes since the folder was measured."""
 
     def __repr__(self) -> str:
         return f"RangedFile({self.store.url_of(self.name)!r}, {self.facts.size:,} bytes)"
@@ -107,35 +116,24 @@ class RangedFile:
             # Read from end to end: the next requests are on their way meanwhile.
             self.fetch(stop, stop + AHEAD_BYTES)
         self.end = stop
-        self.request(wanted)
+        coming = self.request(wanted)
         pieces = []
         for block in wanted:
             begin = block * BLOCK_BYTES
             first = max(start - begin, 0)
-            pieces.append(self.piece(block, first, min(stop - begin, BLOCK_BYTES)))
+            last = min(stop - begin, BLOCK_BYTES)
+            pieces.append(self.piece(block, first, last, coming.get(block)))
         return b"".join(pieces)
 
-    def piece(self, block: int, first: int, stop: int) -> bytes:
-        """Bytes [first, stop) of a block, which is on the disk or on its way."""
-        while True:
-            with self.lock:
-                coming = self.coming.get(block)
-            if coming is not None:
-                try:
-                    return coming.result()[block][first:stop]
-                finally:
-                    # On the disk by now, or failed, and then asked for again by the next read.
-                    self.forget(block)
-            found = self.from_disk(block, first, stop)
-            if found is not None:
-                return found
+    def piece(self, block: int, first: int, stop: int, coming: Coming | None) -> bytes:
+        """Bytes [first, stop) of a block, which is on its way or, without `coming`, on the disk."""
+        while coming is None:
+            body = self.from_disk(block, first, stop)
+            if body is not None:
+                return body
             # Deleted by another process to make room, or damaged.
-            self.request([block])
-
-    def forget(self, block: int) -> None:
-        """Let go of a block that is not on its way any more."""
-        with self.lock:
-            self.coming.pop(block, None)
+            coming = self.request([block]).get(block)
+        return coming.result()[block][first:stop]
 
     def from_disk(self, block: int, first: int, stop: int) -> bytes | None:
         """Bytes [first, stop) of a block in the folder; None if it is missing or damaged."""
@@ -163,8 +161,9 @@ class RangedFile:
         """Bytes of a block; the last one is shorter."""
         return min(BLOCK_BYTES, len(self) - block * BLOCK_BYTES)
 
-    def request(self, blocks: Iterable[int]) -> None:
-        """Begin to fetch those blocks that are neither here nor on their way."""
+    def request(self, blocks: Sequence[int]) -> dict[int, Coming]:
+        """Begin to fetch those blocks that are neither here nor on their way; all that are on their
+        way by now."""
         with self.lock:
             missing = [
                 block
@@ -175,20 +174,30 @@ class RangedFile:
                 future = self.pool.submit(self.pull, group)
                 for block in group:
                     self.coming[block] = future
+            return {block: self.coming[block] for block in blocks if block in self.coming}
 
     def pull(self, group: range) -> dict[int, bytes]:
         """Fetch blocks in a row and write them to the folder; their contents."""
-        self.require_same()
-        start = group.start * BLOCK_BYTES
-        stop = min(group.stop * BLOCK_BYTES, len(self))
-        content = self.store.read_range(self.name, start, stop)
-        contents = {}
-        for number, block in enumerate(group):
-            body = content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            contents[block] = body
-            self.write(block, body)
-        self.make_room(len(content))
-        return contents
+        try:
+            self.require_same()
+            start = group.start * BLOCK_BYTES
+            stop = min(group.stop * BLOCK_BYTES, len(self))
+            content = self.store.read_range(self.name, start, stop)
+            # Another thread may have noticed a change meanwhile.
+            self.require_same()
+            contents = {}
+            for number, block in enumerate(group):
+                body = content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+                contents[block] = body
+                self.write(block, body)
+            self.make_room(len(content))
+            return contents
+        finally:
+            # Whoever waits has the future. Kept here, blocks that nobody reads would fill the
+            # memory, and an old failure would meet a read after the server is back.
+            with self.lock:
+                for block in group:
+                    self.coming.pop(block, None)
 
     def write(self, block: int, body: bytes) -> None:
         """Keep a block."""
@@ -205,14 +214,20 @@ class RangedFile:
     def require_same(self) -> None:
         """Compare size and tag of the object with those that it had, now and then.
 
-        Raises  StorageError if it is another one.
+        Raises  StorageError if it is another one; then no block of the folder is left.
         """
+        if self.fault is not None:
+            raise StorageError(self.fault)
         now = time.monotonic()
         if now - self.checked_at < CHECK_SECONDS:
             return
         found = self.store.facts(self.name)
         if found != self.facts:
-            raise StorageError(changed(self.store.url_of(self.name), self.facts, found))
+            self.fault = changed(self.store.url_of(self.name), self.facts, found)
+            # What was fetched since the last comparison may be of the other object, and would be
+            # taken for a part of the first one when that is restored.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise StorageError(self.fault)
         self.checked_at = now
 
     def make_room(self, nbytes: int) -> None:

@@ -10,6 +10,7 @@ FOLDER is named by the hash of the URL, below the cache folder.
 import hashlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +87,12 @@ def make_twin(url: str, cache: Cache) -> str:
         now = facts_of(store, name)
         known = read_record(record)
         if known:
-            require_same(url, folder, known["files"], now)
+            try:
+                require_same(url, folder, known["files"], now)
+            except DataError:
+                # An earlier run may have fetched some of the other object before it noticed.
+                shutil.rmtree(folder / f"{name}{BLOCKS}", ignore_errors=True)
+                raise
         for suffix in (".idx", ".json"):
             path = folder / f"{name}{suffix}"
             if suffix in now and not (known and path.exists()):

@@ -17,6 +17,7 @@ from castalia.runs.folder import check_run_folder, require_same_run
 from castalia.runs.hook import Hook
 from castalia.storage import ObjectStore, StorageError, Transfer
 from castalia.train.events import warn
+from castalia.train.progress import Progress
 from castalia.train.resume import Checkpoints
 from castalia.train.stopping import Stop, say
 
@@ -103,6 +104,7 @@ class MirrorRun(Hook):
         *,
         config: RunConfig,
         world: World,
+        progress: Progress,
         checkpoints: Checkpoints,
         policy: SavePolicy,
         agreed_stop: Callable[[], Stop],
@@ -114,6 +116,7 @@ class MirrorRun(Hook):
             return
         self.agreed_stop = agreed_stop
         self.store = checkpoints.store
+        self.progress = progress
         own = config.checkpoint.model_copy(update={"keep": self.options.keep})
         there = SavePolicy(own, policy.last_step)
         self.mirroring = Mirroring(
@@ -143,7 +146,9 @@ class MirrorRun(Hook):
     def delete_spared(self) -> None:
         """Delete what stayed only until it was mirrored."""
         assert self.mirroring is not None
-        there = self.mirroring.there or set()
-        for step in self.expired(self.store.steps()):
+        there = (self.mirroring.there or set()) - self.mirroring.unsure
+        # As after a save: a later step is damaged, and does not count as the newest.
+        known = [step for step in self.store.steps() if step <= self.progress.step]
+        for step in self.expired(known):
             if step in there:
                 self.store.delete(step)
