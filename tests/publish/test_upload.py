@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -272,6 +273,20 @@ def test_a_repository_with_other_files_is_left_alone(own_hub: HubServer, four_st
     with pytest.raises(CastaliaError, match="@main holds files that are no export of Castalia"):
         list(upload(four_steps, REPO, options))
     assert own_hub.files(REPO) == {"model.safetensors": b"mine"}
+
+
+def test_a_branch_of_other_weights_is_left_alone(own_hub: HubServer, four_steps: Path) -> None:
+    options = UploadOptions(steps=[2, 4], certificate=False)
+    list(upload(four_steps, REPO, options))
+    branches = own_hub.repos[REPO].branches
+    branches["step4"] = list(branches["step2"])
+    other = own_hub.files(REPO, "step4")
+    for dry in (True, False):
+        with pytest.raises(CastaliaError, match="@step4 holds the export of other weights"):
+            list(upload(four_steps, REPO, replace(options, dry_run=dry)))
+    assert own_hub.files(REPO, "step4") == other
+    list(upload(four_steps, REPO, replace(options, force=True)))
+    assert own_hub.files(REPO, "step4")["model.safetensors"] != other["model.safetensors"]
 
 
 def test_a_dry_run_sends_nothing(

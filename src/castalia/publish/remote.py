@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castalia.core.errors import CastaliaError
+from castalia.export.activation import expressed
 from castalia.export.options import ExportSpec
 from castalia.export.push import (
     LARGE,
+    MAIN,
     Hub,
     Local,
     Pushed,
@@ -18,6 +21,7 @@ from castalia.export.push import (
 )
 from castalia.export.record import is_as_asked
 from castalia.formats.export_record import HASHES, RECORD, SIZES
+from castalia.formats.saved_model import open_model
 
 CARD = "README.md"
 BLOBS = "files_git_blob"
@@ -37,7 +41,8 @@ class Remote:
 def remote(hub: Hub, revision: str, checkpoint: Path, spec: ExportSpec) -> Remote | None:
     """The revision if it holds the export of a checkpoint whole, under any card; else None.
 
-    Raises  CastaliaError if the hub cannot be asked.
+    Raises  CastaliaError if the hub cannot be asked, or the branch of a step holds the export of
+            other weights.
     """
     with hub.errors(), hub.without_bars():
         if not hub.api.repo_exists(hub.push.repo) or revision not in hub.branches():
@@ -46,10 +51,25 @@ def remote(hub: Hub, revision: str, checkpoint: Path, spec: ExportSpec) -> Remot
         if RECORD not in there:
             return None
         record = hub.record_there(revision)
+        if revision != MAIN and not hub.push.force:
+            require_same_weights(hub, revision, record, checkpoint, spec)
         if not is_as_asked(record, checkpoint, spec) or not is_whole(record, there):
             return None
         commit = str(hub.api.repo_info(hub.push.repo, revision=revision).sha)
     return Remote(record, commit)
+
+
+def require_same_weights(
+    hub: Hub, revision: str, record: Mapping[str, Any], checkpoint: Path, spec: ExportSpec
+) -> None:
+    """Raises  CastaliaError if the branch of a step is of another checkpoint: of another run, whose
+    branches a wrong --repo would replace one after the other."""
+    source, _ = expressed(open_model(checkpoint), spec.kind, spec.activation)
+    if record.get("source_sha256") != source.hashes():
+        raise CastaliaError(
+            f"{hub.push.repo}@{revision} holds the export of other weights than those of"
+            f" {checkpoint}; name another repository, or use --force if the run was trained anew"
+        )
 
 
 def is_whole(record: Mapping[str, Any], there: Mapping[str, Any]) -> bool:
