@@ -376,6 +376,18 @@ def test_a_log_that_cannot_be_read_is_tried_again(whole, tmp_path, monkeypatch):
     assert mirroring.mirror.steps() == [2, 4, 6]
 
 
+def test_verify_goes_on_after_a_manifest_that_is_missing(whole, tmp_path):
+    mirroring, _, _ = mirroring_of(whole, tmp_path)
+    mirroring.round(with_logs=True)
+    store = mirroring.mirror.store
+    name = "checkpoints/step-00000004/manifest.json"
+    store.delete([name])
+    (checked,) = check_folders([store.url])
+    (file,) = checked.damaged
+    assert file.path == store.url_of(name) and "it does not exist" in file.fault
+    assert any("step-00000006/" in one.path for one in checked.files)
+
+
 def test_which_files_are_logs(tmp_path):
     for name in ("metrics.jsonl", "samples/step2.json", ".claim", "exports/a", "data/text.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
