@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -223,6 +224,10 @@ def test_a_mirror_that_stays_away(link, new_bucket, train, whole, tmp_path, caps
         link.set("open")
     err = capsys.readouterr().err
     assert f"not in {url}" in err and "the same command sends it" in err
+    # In a process of its own it would be gone: it still reads the step that it was sending.
+    for thread in threading.enumerate():
+        if thread.name == "mirror":
+            thread.join(60)
     assert steps_on(url) == []
     # Steps that would have been deleted wait for the mirror, and are deleted once they are there.
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 3
