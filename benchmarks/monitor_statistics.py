@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 SIZES = {
     "base": (
         *("model.num_layers=4", "model.hidden_size=256", "model.num_attention_heads=4"),
-        *("data.seq_length=256", "train.batch_size=8", "train.micro_batch_size=4"),
+        *("data.seq_length=256", "model.max_position_embeddings=256"),
+        *("train.batch_size=8", "train.micro_batch_size=4"),
     ),
     "tiny": (
         *("model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"),
