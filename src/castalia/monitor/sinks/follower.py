@@ -4,7 +4,6 @@ The file is the queue: it is on the disk, it is whole, and it takes no memory ho
 falls behind. What a sink was given stands in monitors/NAME.json.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
-from castalia.core.files import sha256_of
+from castalia.monitor.sinks.along import Along
 from castalia.monitor.sinks.jsonl import FILE
 from castalia.monitor.sinks.record import FOLDER, Record
 from castalia.monitor.sinks.sink import Sink, flatten, flatten_metrics
@@ -29,10 +28,6 @@ ATTEMPTS_AT_END = 3
 """Failures in a row after which the end of a run does not wait any longer."""
 SILENCE = 60.0
 """Seconds of one call after which the user is told that a sink hangs."""
-SAMPLES = Path("samples") / "samples.json"
-"""The texts that evaluations write: a list of {"step", "prompt", "text"}."""
-FILES = ("config.yaml", "env.json", "mixture.jsonl", "events.jsonl", "report.html")
-"""Files of the run folder that go along at its end."""
 IDENTITIES = ("rows_hash",)
 """Numbers that name something and are no quantity: a chart of them shows nothing."""
 
@@ -48,6 +43,7 @@ class Follower(Sink):
         self.tell = tell
         self.tail = Tail(sink.folder / FILE)
         self.record = Record(sink.folder / FOLDER / f"{name}.json")
+        self.along = Along(sink, self.record)
         self.thread: threading.Thread | None = None
         self.wake = threading.Event()
         self.lock = threading.Lock()
@@ -62,7 +58,6 @@ class Follower(Sink):
         self.last_line: dict[str, Any] = {}
         self.flushed = 0.0
         self.kept_step = -1
-        self.seen_samples = 0
         self.flush_failed = False
         # Set by the thread, read by the run.
         self.busy_since: float | None = None
@@ -244,7 +239,7 @@ class Follower(Sink):
         """Hand one step to the sink."""
         step = record.pop("step")
         self.busy_since = time.monotonic()
-        self.send_samples(step)
+        self.along.send_samples(step)
         metrics = {name: value for name, value in record.items() if name not in IDENTITIES}
         self.sink.take(step, metrics)
         self.record.delivered = step
@@ -253,25 +248,6 @@ class Follower(Sink):
         if self.failures and not self.flush_failed:
             self.recovered(step)
         self.flush_if_due()
-
-    def send_samples(self, step: int) -> None:
-        """Hand the tables of the steps up to `step` to the sink."""
-        path = self.folder / SAMPLES
-        if type(self.sink).table is Sink.table or not path.is_file():
-            return
-        changed = path.stat().st_mtime_ns
-        if changed == self.seen_samples:
-            return
-        samples = json.loads(path.read_text(encoding="utf-8"))
-        numbers = sorted({sample["step"] for sample in samples})
-        for number in numbers:
-            if self.record.tables < number <= step:
-                rows = [sample for sample in samples if sample["step"] == number]
-                self.sink.table("samples", number, rows)
-                self.record.tables = number
-        # Those of a step are written before its line: they may be ahead of what was read.
-        if not numbers or numbers[-1] <= step:
-            self.seen_samples = changed
 
     def add_amended(self) -> None:
         """Add numbers to the last step, if its line was delivered without them."""
@@ -309,15 +285,8 @@ class Follower(Sink):
 
     def finish(self) -> None:
         """Hand over the files of the run and close the sink."""
-        self.send_samples(self.record.delivered)
-        for name in FILES:
-            path = self.folder / name
-            if not path.is_file():
-                continue
-            digest = sha256_of(path)
-            if self.record.files.get(name) != digest:
-                self.sink.file(path)
-                self.record.files[name] = digest
+        self.along.send_samples(self.record.delivered)
+        self.along.send_files()
         self.sink.close()
         self.tail.close()
         if self.is_abandoned:
