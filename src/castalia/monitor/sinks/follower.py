@@ -7,7 +7,6 @@ falls behind. What a sink was given stands in monitors/NAME.json.
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
