@@ -224,7 +224,7 @@ def test_a_mirror_that_stays_away(link, new_bucket, train, whole, tmp_path, caps
         link.set("open")
     err = capsys.readouterr().err
     assert f"not in {url}" in err and "the same command sends it" in err
-    # In a process of its own it would be gone: it still reads the step that it was sending.
+    # In a process of its own it would be gone; here it sends nothing more, and frees its step.
     for thread in threading.enumerate():
         if thread.name == "mirror":
             thread.join(60)

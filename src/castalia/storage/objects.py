@@ -109,7 +109,12 @@ class ObjectStore:
         return path
 
     def attempt(self, doing: str, name: str, work: Callable[[], T]) -> T:
-        """What `work` returns; repeated after passing errors, with growing pauses."""
+        """What `work` returns; repeated after passing errors, with growing pauses.
+
+        Nothing new begins once `stopped` is set: who gave up has said what is not there.
+        """
+        if self.stopped.is_set():
+            raise StorageError(f"cannot {doing} {self.url_of(name)}: uploads were ended")
         wait = FIRST_WAIT
         for left in range(self.transfer.retries, -1, -1):
             try:
