@@ -9,7 +9,7 @@ Pythia's shapes in fp32 and under bf16 autocast, each a row with a goal of its o
 have RMSNorm, SwiGLU of 8/3 the width, serial blocks, and half as many heads of keys as of queries.
 The JSON is written after every row, so that a run that is cut keeps what it has. Most of the time
 is compiling, whose results torch keeps on disk: `--prepare` compiles for all rows and times
-nothing, and the run after it takes under five minutes on two cores.
+nothing, and the run after it takes about ten minutes on two cores, a minute or more a row.
 Every engine runs in a process of its own and all step in turn, so that disturbances of the machine
 affect all alike. All have fp32 weights, fused AdamW, the same batch and no clipping. The peers are
 transformers' model, eager and compiled, litgpt's GPT under its chunked cross-entropy, and
