@@ -69,7 +69,11 @@ def tried(monkeypatch):
     Tried.rewinds = False
     monkeypatch.setitem(SINKS.items, "tried", Tried)
     monkeypatch.setattr(follower, "BACKOFF", (0.01,))
-    return Tried
+    yield Tried
+    # A thread that a test left behind would deliver to the lists of the next one.
+    for thread in threading.enumerate():
+        if thread.name.startswith("monitor-"):
+            thread.join(30)
 
 
 def sinks_of(folder, *, patience=5.0, tell=print):
