@@ -22,6 +22,7 @@ from machine import describe, in_turn, instructions, ratio
 
 from castalia.core.files import write_json
 from castalia.distributed import World
+from castalia.monitor.statistics_config import StatisticsConfig
 from castalia.recipes import load_config
 from castalia.runs.named_corpus import ensure_corpus
 from castalia.train.trainer import Trainer
@@ -38,18 +39,8 @@ SIZES = {
         *("data.seq_length=32", "train.batch_size=2", "train.micro_batch_size=1"),
     ),
 }
-NAMES = (
-    "gradient_norms",
-    "weight_norms",
-    "update_norms",
-    "state_norms",
-    "zero_gradients",
-    "weight_statistics",
-    "activations",
-    "attention_logits",
-    "noise_scale",
-    "times",
-    "collectives",
+NAMES = tuple(
+    name.removesuffix("_every") for name in StatisticsConfig.model_fields if name.endswith("_every")
 )
 
 

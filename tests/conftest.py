@@ -17,6 +17,7 @@ pytest_plugins = [
     "tests.fixtures.short_run",
     "tests.fixtures.tiny_model",
     "tests.fixtures.training_shell",
+    "tests.fixtures.command",
     "tests.fixtures.hub_server",
     "tests.fixtures.harness_tasks",
     "tests.fixtures.browser",

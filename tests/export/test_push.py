@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 from tests.fixtures.forked_rank import run_and_exit
 from tests.fixtures.hub_server import READER, WRITER, HubServer
 
-from castalia.cli import main
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.hub import hub_folder
 from castalia.core.sealed import with_own_hash
@@ -25,28 +24,13 @@ REPO = "me/tiny"
 QUICK = {"certificate": False, "max_shard_size": "150KB"}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library waits between its attempts."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def command(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """command(*words): run `castalia export WORDS`; (exit status, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["castalia", "export", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(command, "export")
 
 
 def same_files(hub: HubServer, revision: str, folder: Path) -> None:

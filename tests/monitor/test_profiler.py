@@ -35,7 +35,7 @@ WRONG = {
     "13:10": "profile: steps 13:10 ends before it begins; write 10:13",
     "[1:5, 4:6]": "profile: steps 1:5 and 4:6 overlap; make them one window",
     "0:3": "profile.steps",
-    "ten": "profile.steps",
+    "ten": "profile.steps: expected steps such as 10:13, got 'ten'",
     "[1, 2, 3]": "profile.steps",
 }
 

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from tests.fixtures.forked_rank import run_and_exit
 from tests.fixtures.hub_server import READER, WRITER, HubServer
 
 from castalia.checkpoint.find import complete_steps
-from castalia.cli import main
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.inference import load
 from castalia.publish import UploadOptions, upload
@@ -33,10 +32,7 @@ QUICK = UploadOptions(certificate=False)
 ANSWER = Result("runs", "small-1m", "lambada_openai", "acc", 0.25, step=4, stderr=0.01, shots=0)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library waits between its attempts."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
 @pytest.fixture
@@ -49,21 +45,9 @@ def run(four_steps: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def command(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
     """command(*words): run `castalia upload WORDS`; (exit status, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["castalia", "upload", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(command, "upload")
 
 
 def card(hub: HubServer, revision: str, repo: str = REPO) -> str:

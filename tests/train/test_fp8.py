@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from castalia.adapters.fp8 import Fp8Config, emulated, require_fp8, to_fp8
 from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.models import Decoder, build_model_config
-from castalia.models.fp8 import Fp8Config, emulated, require_fp8, to_fp8
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook
 from castalia.train.machine_precision import precision_notes

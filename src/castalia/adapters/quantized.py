@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from castalia.adapters.fp8 import linears_of
 from castalia.core.errors import ConfigError
 from castalia.models import Decoder, ModelConfig
-from castalia.models.fp8 import linears_of
 from castalia.models.quantizing import GROUP, quantize_channels, quantize_groups
 
 Quantized = Literal["int8", "int4"]

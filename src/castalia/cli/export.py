@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.terminal.flags import AsJson, Checkpoint, grouped, panel
+from castalia.terminal.flags import HUB, AsJson, Checkpoint, Endpoint, Private, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.export import Exported, Push
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 WHICH = panel("Checkpoints")
 FORMAT = panel("Format")
 CHECK = panel("Quality check")
-HUB = panel("Hugging Face hub")
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,8 @@ class HubFlags:
             show_default="main",
         ),
     ] = None
-    private: Annotated[bool, HUB("--private", help="A repository that is created is private.")] = (
-        False
-    )
-    endpoint: Annotated[
-        str | None,
-        HUB(
-            metavar="URL",
-            help="Address of another hub.",
-            show_default="HF_ENDPOINT or huggingface.co",
-        ),
-    ] = None
+    private: Private = False
+    endpoint: Endpoint = None
 
     def push(self) -> "Push | None":
         """Where to upload to; None if nowhere.

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from castalia.terminal.flags import AsJson, grouped, note, panel
+from castalia.terminal.flags import HUB, AsJson, Endpoint, Private, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.publish import Revision
 
 WHAT = panel("What is uploaded")
-HUB = panel("Hugging Face hub")
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,8 @@ class WhatFlags:
 class RepoFlags:
     """Options about the repository."""
 
-    private: Annotated[bool, HUB("--private", help="A repository that is created is private.")] = (
-        False
-    )
-    endpoint: Annotated[
-        str | None,
-        HUB(
-            metavar="URL",
-            help="Address of another hub.",
-            show_default="HF_ENDPOINT or huggingface.co",
-        ),
-    ] = None
+    private: Private = False
+    endpoint: Endpoint = None
     force: Annotated[bool, HUB("--force", help="Replace branches that hold something else.")] = (
         False
     )

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from castalia.adapters import ADAPTERS, AdapterConfig, NoAdapter, adapter_of, trained_patterns
+from castalia.adapters.fp8 import Fp8Config
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
@@ -32,7 +33,6 @@ from castalia.losses import LOSSES, LossConfig, NextToken
 from castalia.losses.policy import PolicyConfig
 from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
-from castalia.models.fp8 import Fp8Config
 from castalia.monitor.config import MonitorConfig
 from castalia.monitor.profiler.config import ProfileConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule

@@ -98,6 +98,14 @@ def panel(title: str) -> Callable[..., Any]:
 
 
 ENGINE = panel("Engine")
+HUB = panel("Hugging Face hub")
+Private = Annotated[bool, HUB("--private", help="A repository that is created is private.")]
+Endpoint = Annotated[
+    str | None,
+    HUB(
+        metavar="URL", help="Address of another hub.", show_default="HF_ENDPOINT or huggingface.co"
+    ),
+]
 
 
 @dataclass(frozen=True)

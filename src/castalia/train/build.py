@@ -7,6 +7,7 @@ import torch
 
 from castalia.adapters import AdapterConfig, adapter_of
 from castalia.adapters.adapting import adapt, start_over
+from castalia.adapters.fp8 import require_fp8, to_fp8
 from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
@@ -17,7 +18,6 @@ from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
-from castalia.models.fp8 import require_fp8, to_fp8
 from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.optim import OPTIMIZERS, OptimConfig, Rules

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from castalia.adapters.fp8 import emulated
 from castalia.config import read_yaml
 from castalia.distributed import World
-from castalia.models.fp8 import emulated
 from castalia.runs.config import RunConfig
 from castalia.train.timing import faster_precision, name_of, times_as_long
 

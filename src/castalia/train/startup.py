@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from castalia.adapters.fp8 import Fp8Config
 from castalia.cost.estimate import estimate
 from castalia.data import RunRows
 from castalia.data.curriculum import Curriculum
 from castalia.data.pairwise import PairOrder
 from castalia.losses import LOSSES
 from castalia.models.flops import model_text, parameters_text
-from castalia.models.fp8 import Fp8Config
 from castalia.monitor import quantity, size_text
 from castalia.runs.config import RunConfig
 

@@ -31,11 +31,17 @@ def read_windows(value: Any) -> Any:
 
 
 def read_window(value: Any) -> Any:
-    """`10:13` or `10` as a pair; anything else as it is."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)(?:\s*:\s*(\d+))?\s*", value)):
-        first = int(match[1])
-        return first, int(match[2] or first)
-    return value
+    """`10:13` or `10` as a pair; anything else as it is.
+
+    Raises  ValueError for a text of another form.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+)(?:\s*:\s*(\d+))?\s*", value)
+    if match is None:
+        raise ValueError(f"expected steps such as 10:13, got {value!r}")
+    first = int(match[1])
+    return first, int(match[2] or first)
 
 
 Windows = Annotated[list[tuple[PositiveInt, PositiveInt]], BeforeValidator(read_windows)]

@@ -31,7 +31,7 @@ EXTRA = "optim"
 
 
 class Fp8Config(Config):
-    """Products of precision=fp8. Only models/fp8.py reads these fields."""
+    """Products of precision=fp8. Only adapters/fp8.py reads these fields."""
 
     scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
     """One scale a tensor, which is fastest, or one a row of each factor, which is more exact."""
