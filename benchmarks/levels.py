@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from castalia.core.compilers import zig_of_pip
 from castalia.machine import Machine, this_machine
 
 LEVELS: dict[str, dict[str, str]] = {
@@ -27,10 +28,13 @@ LEVELS: dict[str, dict[str, str]] = {
         "CT2_FORCE_CPU_ISA": "AVX512",
         "CASTALIA_ISA": "vnni",
     },
-    "no-compiler": {"CASTALIA_CXX": "none", "CXX": "none"},
+    "no-compiler": {"CASTALIA_CXX": "zig", "CXX": "none"},
+    "torch-only": {"CASTALIA_CXX": "none", "CXX": "none"},
 }
 """Name -> the variables of all processes of the benchmark. llama.cpp has none: it always takes all
-instructions. vnni is an Ice Lake server, without instructions for bfloat16."""
+instructions. vnni is an Ice Lake server, without instructions for bfloat16. no-compiler is a
+machine without g++ or clang, where `make install` brings pip's `ziglang` for Castalia's libraries,
+and torch.compile finds nothing. torch-only has no compiled library of Castalia at all."""
 ENTERED = "CASTALIA_BENCHMARK_LEVEL"
 """Set in the process that runs at a level."""
 
@@ -40,6 +44,8 @@ def enter(level: str) -> None:
     if os.environ.get(ENTERED) == level:
         return
     values = LEVELS[level]
+    if level == "no-compiler" and shutil.which("zig") is None and zig_of_pip() is None:
+        raise SystemExit("--level no-compiler needs zig: pip install 'castalia[compiler]'")
     if values or ENTERED in os.environ:
         os.environ.update(values | {ENTERED: level})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,7 +1,8 @@
 """Speed and memory of a training step against other libraries' models of the same family.
 
-    python benchmarks/training.py [--level as-is|avx2|no-compiler] [--quick] [--family neox|llama]
-                                  [--shapes 14m,70m] [--seq 512,2048] [--dtypes bf16,fp32]
+    python benchmarks/training.py [--level as-is|avx2|no-compiler|torch-only] [--quick]
+                                  [--family neox|llama] [--shapes 14m,70m]
+                                  [--seq 512,2048] [--dtypes bf16,fp32]
                                   [--engines "castalia compiled,litgpt compiled"] [--prepare]
                                   [--gpu] [--json FILE]
 
