@@ -1,5 +1,8 @@
 """Levels of instructions: the best that a processor has, below the cap of the environment."""
 
+import struct
+from pathlib import Path
+
 import pytest
 
 from castalia.core import levels
@@ -15,6 +18,12 @@ PROCESSORS = {
     "Nehalem without SSE 4.2": ("x86_64", {"ssse3", "sse4_1"}, []),
     "Cortex-A72": ("aarch64", {"asimd"}, ["neon"]),
     "Neoverse N1": ("aarch64", {"asimd", "asimddp"}, ["dotprod", "neon"]),
+    "Apple M2": (
+        "aarch64",
+        {"asimd", "asimddp", "i8mm", "bf16"},
+        ["i8mm", "dotprod", "neon"],
+    ),
+    "A64FX": ("aarch64", {"asimd", "sve"}, ["neon"]),
     "POWER": ("ppc64le", {"altivec"}, []),
 }
 """Architecture and instructions, and the levels that are right, the best first."""
@@ -38,10 +47,53 @@ def test_amx_and_sve_are_named_and_run_the_code_of_the_level_below(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CASTALIA_ISA", raising=False)
-    for architecture, named, code in (("x86_64", "amx", "bf16"), ("aarch64", "sve", "dotprod")):
+    for architecture, named, code in (("x86_64", "amx", "bf16"), ("aarch64", "sve", "i8mm")):
         pretend(monkeypatch, architecture, LEVELS[architecture][-1].needs)
         assert levels_here()[0].name == named
         assert next(level.name for level in levels_here() if level.has_code) == code
+
+
+def auxv(*pairs: tuple[int, int]) -> bytes:
+    """As Linux writes it."""
+    return b"".join(struct.pack("<QQ", *pair) for pair in (*pairs, (0, 0)))
+
+
+def test_linux_on_arm_tells_a_process_what_it_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # AT_PAGESZ, AT_HWCAP with fp, asimd, aes and asimddp, AT_HWCAP2 with i8mm and bf16.
+    graviton = auxv((6, 4096), (16, 1 << 0 | 1 << 1 | 1 << 3 | 1 << 20), (26, 1 << 13 | 1 << 14))
+    assert levels.instructions_of_auxv(graviton) == {"asimd", "asimddp", "i8mm", "bf16"}
+    assert levels.instructions_of_auxv(graviton[:-9]) == {"asimd", "asimddp", "i8mm", "bf16"}
+    assert levels.instructions_of_auxv(auxv((16, 1 << 1 | 1 << 22))) == {"asimd", "sve"}
+    (tmp_path / "auxv").write_bytes(graviton)
+    monkeypatch.setattr(levels, "AUXV", tmp_path / "auxv")
+    monkeypatch.setattr(levels, "architecture", lambda: "aarch64")
+    monkeypatch.setattr(levels.platform, "system", lambda: "Linux")
+    assert levels.instructions.__wrapped__() == {"asimd", "asimddp", "i8mm", "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "words"),
+    [
+        ("FEAT_DotProd: 1 FEAT_BF16: 1 FEAT_I8MM: 1 FEAT_SME: 1", 0, "asimd asimddp bf16 i8mm"),
+        ("FEAT_DotProd: 1 FEAT_BF16: 0 FEAT_I8MM: 0", 0, "asimd asimddp"),
+        ("", 1, "asimd asimddp"),
+    ],
+    ids=["M4", "M1", "macOS 11"],
+)
+def test_a_mac_is_asked_for_its_instructions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: str, status: int, words: str
+) -> None:
+    script = tmp_path / "sysctl"
+    lines = printed.replace("FEAT", "hw.optional.arm.FEAT").replace("1 hw", "1\nhw")
+    lines = lines.replace("0 hw", "0\nhw")
+    script.write_text(f"#!/bin/sh\n[ $1 = hw.optional.arm ] && echo '{lines}'\nexit {status}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(levels, "SYSCTL", str(script))
+    monkeypatch.setattr(levels, "architecture", lambda: "aarch64")
+    monkeypatch.setattr(levels.platform, "system", lambda: "Darwin")
+    assert levels.instructions.__wrapped__() == set(words.split())
 
 
 def test_the_environment_caps_the_level(monkeypatch: pytest.MonkeyPatch) -> None:

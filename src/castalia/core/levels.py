@@ -9,12 +9,28 @@ this file where torch is not installed.
 import functools
 import os
 import platform
+import struct
+import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from castalia.core.errors import ConfigError, nearest
 
 VARIABLE = "CASTALIA_ISA"
+AUXV = Path("/proc/self/auxv")
+"""What Linux tells a process at its start: pairs of a type and a value."""
+HWCAPS = {
+    # AT_HWCAP
+    16: {1: "asimd", 20: "asimddp", 22: "sve"},
+    # AT_HWCAP2
+    26: {13: "i8mm", 14: "bf16"},
+}
+"""Bits of these values on aarch64, with the names that /proc/cpuinfo has for them.
+Source  Linux, arch/arm64/include/uapi/asm/hwcap.h."""
+SYSCTL = "/usr/sbin/sysctl"
+FEATURES = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16"}
+"""macOS's names under hw.optional.arm, with those of /proc/cpuinfo."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,13 @@ AMX = BF16.above("amx", "amx_tile amx_int8 amx_bf16", has_code=False)
 
 NEON = Level("neon", frozenset(("asimd",)), ("-march=armv8-a",))
 DOTPROD = Level("dotprod", NEON.needs | {"asimddp"}, ("-march=armv8.2-a+dotprod",))
-I8MM = DOTPROD.above("i8mm", "i8mm", has_code=False)
+# ARMv8.6 has both matrix products, and no processor is known with one of them alone.
+I8MM = Level("i8mm", DOTPROD.needs | {"i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",))
+# Only named, because it would compute no faster. Neoverse V1 (Graviton 3), the one core whose
+# vectors have 256 bits, starts two products of SVE in a cycle or four of 128 bits: 2 x 64 or
+# 4 x 32 products of bytes by smmla, and 2 x 8 or 4 x 4 multiply-adds in float32. In Neoverse N2 and
+# V2 (Graviton 4, Grace) SVE has 128 bits, and Apple's processors have none outside of SME.
+# Source  Arm Neoverse V1 Software Optimization Guide; LLVM, AArch64SchedNeoverseV1.td.
 SVE = I8MM.above("sve", "sve", has_code=False)
 
 LEVELS = {
@@ -77,17 +99,49 @@ def architecture() -> str:
 @functools.cache
 def instructions() -> frozenset[str]:
     """The words of /proc/cpuinfo for what the processor and the kernel allow."""
+    if architecture() == "aarch64":
+        if platform.system() == "Darwin":
+            return instructions_of_mac()
+        with suppress(OSError):
+            return instructions_of_auxv(AUXV.read_bytes())
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        # Every Mac with an ARM processor has these.
-        is_apple = (platform.system(), architecture()) == ("Darwin", "aarch64")
-        return frozenset(("asimd", "asimddp") if is_apple else ())
+        return frozenset()
     for line in lines:
         name, _, words = line.partition(":")
         if name.strip() in ("flags", "Features"):
             return frozenset(words.split())
     return frozenset()
+
+
+def instructions_of_auxv(content: bytes) -> frozenset[str]:
+    """The words of an ARM processor, from its AUXV file.
+
+    In an emulated process /proc/cpuinfo is about the processor that emulates.
+    """
+    found = set()
+    for kind, value in struct.iter_unpack("<QQ", content[: len(content) // 16 * 16]):
+        names = HWCAPS.get(kind, {})
+        found.update(name for bit, name in names.items() if value >> bit & 1)
+    return frozenset(found)
+
+
+def instructions_of_mac() -> frozenset[str]:
+    """The words of a Mac's ARM processor."""
+    command = [SYSCTL, "hw.optional.arm"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        # macOS 11, which knows none of these names. Every such Mac has dot products.
+        return frozenset(("asimd", "asimddp"))
+    found = {"asimd"}
+    for line in lines.splitlines():
+        name, _, value = line.rpartition(": ")
+        word = FEATURES.get(name.rpartition(".")[2])
+        if word is not None and value.strip() == "1":
+            found.add(word)
+    return frozenset(found)
 
 
 def highest_allowed() -> str | None:

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from castalia.core.levels import LEVELS, highest_allowed
+from castalia.core.levels import LEVELS, highest_allowed, instructions
 
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CASTALIA_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Variables that change what the measured table would say; MKL obeys its own on Intel alone."""
@@ -103,8 +103,8 @@ def flags_of(lines: Mapping[str, str]) -> set[str]:
     words = f"{lines.get('flags', '')} {lines.get('Features', '')}".split()
     flags = {NAMES.get(word, word) for word in words}
     if platform.machine() in ("arm64", "aarch64"):
-        # Part of the architecture; macOS has no /proc/cpuinfo to say so.
-        flags.add("neon")
+        # macOS has no /proc/cpuinfo, and in an emulated process it is about another processor.
+        flags |= {NAMES.get(word, word) for word in instructions()}
     return flags
 
 

@@ -32,6 +32,12 @@ INLINE float widen(uint16_t x) {
     return value;
 }
 
+static inline uint16_t narrow(float x) {  // to bfloat16, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 INLINE V error_function(V x) {  // Eigen's rational function: error below 5e-7
     x = clamp(x, -4.0f, 4.0f);
     V square = x * x, over = all(-2.72614225801306e-10f), under = all(-1.45660718464996e-05f);
@@ -57,10 +63,11 @@ struct Linear {
 
 struct Input {  // rows of activations as the kernels of one kind read them
     const float *x;
-    int8_t *q;       // (M, K), round(x / step)
+    int8_t *q;       // (M, K), round(x / step); bf16 with tiles.h: (M, 2, K) bfloat16, whose sum is x
     float *step;     // (M,)
     int32_t *sum;    // int8: (M,) -ADDED * sum of q; int4: (M, groups) -8 * sum of a group's q
     int64_t k, groups;
+    char *panels;    // tiles.h: two panels of weights for each thread
 };
 
 static void quantize_row(const Input &in, int64_t m, int64_t kind) {
@@ -217,52 +224,78 @@ INLINE void place(float *to, V v, int64_t lanes) {
     else memcpy(to, &v, lanes * sizeof(float));
 }
 
+// Outputs of one panel for some rows, y from their first on.
+static void put(const Linear &l, const V *out, int64_t rows, int64_t number, float *y, int64_t width, int after) {
+    int64_t lanes = min<int64_t>(P, width - number * P);
+    for (int64_t m = 0; m < rows; m++) {
+        V v = l.bias ? out[m] + load(l.bias + number * P) : out[m];
+        float *to = y + m * width + number * P;
+        if (after != ADD) place(to, activate(v, after), lanes);
+        else if (lanes == P) store(to, load(to) + v);
+        else
+            for (int64_t lane = 0; lane < lanes; lane++) to[lane] += v[lane];
+    }
+}
+
+// The same of a panel of gate and the next, of up.
+static void put_gated(const Linear &l, V *gate, V *up, int64_t rows, int64_t number, float *y, int64_t width, int act) {
+    int64_t column = number / 2 * P;
+    for (int64_t m = 0; m < rows; m++) {
+        if (l.bias) {
+            gate[m] += load(l.bias + number * P);
+            up[m] += load(l.bias + (number + 1) * P);
+        }
+        place(y + m * width + column, activate(gate[m], act) * up[m], min<int64_t>(P, width - column));
+    }
+}
+
+#include "tiles.h"
+
 // y (M, N) = after(x W^T + bias); ADD adds to what is there. `width` is how many of the N columns y has. A thread takes
 // neighbouring panels, and all rows of one before the next, so that weights are read from memory once.
 static void linear(const Thread &thread, const Linear &l, const Input &in, int64_t M, float *y, int64_t width,
                    int after) {
+#if HAS_TILES
+    if (takes_tiles(l, M)) return tiled_linear(thread, l, in, M, y, width, after);
+#endif
     const Range mine = thread.share(l.n / P);
     for (int64_t number = mine.begin; number < mine.end; number++)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V out[BLOCK];
-            int64_t rows = min<int64_t>(BLOCK, M - first), lanes = min<int64_t>(P, width - number * P);
+            int64_t rows = min<int64_t>(BLOCK, M - first);
             panel_of(l, in, number, first, rows, out);
-            for (int64_t m = 0; m < rows; m++) {
-                V v = l.bias ? out[m] + load(l.bias + number * P) : out[m];
-                float *to = y + (first + m) * width + number * P;
-                if (after != ADD) place(to, activate(v, after), lanes);
-                else if (lanes == P) store(to, load(to) + v);
-                else
-                    for (int64_t lane = 0; lane < lanes; lane++) to[lane] += v[lane];
-            }
+            put(l, out, rows, number, y + first * width, width, after);
         }
 }
 
 // y (M, width) = act(gate) * up; panels of gate and up alternate, so that one thread has both while they are hot.
 static void gated_linear(const Thread &thread, const Linear &l, const Input &in, int64_t M, float *y, int64_t width,
                          int act) {
+#if HAS_TILES
+    if (takes_tiles(l, M)) return tiled_gated_linear(thread, l, in, M, y, width, act);
+#endif
     const Range pairs = thread.share(l.n / P / 2);
     for (int64_t number = 2 * pairs.begin; number < 2 * pairs.end; number += 2)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V gate[BLOCK], up[BLOCK];
-            int64_t rows = min<int64_t>(BLOCK, M - first), column = number / 2 * P;
+            int64_t rows = min<int64_t>(BLOCK, M - first);
             panel_of(l, in, number, first, rows, gate);
             panel_of(l, in, number + 1, first, rows, up);
-            for (int64_t m = 0; m < rows; m++) {
-                if (l.bias) {
-                    gate[m] += load(l.bias + number * P);
-                    up[m] += load(l.bias + (number + 1) * P);
-                }
-                float *to = y + (first + m) * width + column;
-                place(to, activate(gate[m], act) * up[m], min<int64_t>(P, width - column));
-            }
+            put_gated(l, gate, up, rows, number, y + first * width, width, act);
         }
 }
 
-static void prepare(const Thread &thread, const Linear &l, const Input &in, int64_t M) {  // activations for a kernel
-    if (l.kind != INT8 && l.kind != INT4) return;
+// Activations of one row for the kernels of a layer.
+static void prepare_row(const Linear &l, const Input &in, int64_t m) {
+#if HAS_TILES
+    if (l.kind == BF16) split_row(in, m);
+#endif
+    if (l.kind == INT8 || l.kind == INT4) quantize_row(in, m, l.kind);
+}
+
+static void prepare(const Thread &thread, const Linear &l, const Input &in, int64_t M) {
     const Range rows = thread.share(M);
-    for (int64_t m = rows.begin; m < rows.end; m++) quantize_row(in, m, l.kind);
+    for (int64_t m = rows.begin; m < rows.end; m++) prepare_row(l, in, m);
 }
 
 // ----------------------------------------------------------------------------------------------------------- model
@@ -360,12 +393,6 @@ static Places places(const Model &model, const Cache &cache, int64_t layer, int6
     int64_t size = cache.kind == FP32 ? 4 : cache.kind == BF16 ? 2 : 1;
     return {(char *)cache.k + row * model.head_dim * size, (char *)cache.v + row * rounded(model.head_dim) * size,
             cache.k_scale + row, cache.v_scale + row};
-}
-
-static inline uint16_t narrow(float x) {  // to bfloat16, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 static float step_of(const float *x, int64_t D, float steps, float &inverse) {  // the largest number is `steps` steps
@@ -656,7 +683,7 @@ static void attention(const Thread &thread, const Attention &a, float *scratch) 
 // --------------------------------------------------------------------------------------------------------- forward
 
 struct Scratch {  // memory of one call
-    char *memory, *next;
+    char *memory, *next, *panels = nullptr;
     explicit Scratch(size_t bytes) : memory((char *)aligned_alloc(64, bytes)), next(memory) {}
     ~Scratch() { free(memory); }
     template <class T> T *take(size_t count) {
@@ -666,14 +693,26 @@ struct Scratch {  // memory of one call
     }
 };
 
+#if HAS_TILES
+constexpr int64_t bytes_of(int64_t kind, int64_t k) { return kind == BF16 ? 4 * padded(k) : k; }  // a row of q
+constexpr int64_t ROOM = 5;  // bytes that an Input takes for a number, with the sums of int4
+#else
+constexpr int64_t bytes_of(int64_t, int64_t k) { return k; }
+constexpr int64_t ROOM = 2;
+constexpr int64_t panel_room(int64_t) { return 0; }
+#endif
+
 static Input input_of(Scratch &scratch, const float *x, const Linear &l, int64_t M) {
     int64_t groups = l.kind == INT4 ? l.k / GROUP : 1;
-    return {x, scratch.take<int8_t>(M * l.k), scratch.take<float>(M), scratch.take<int32_t>(M * groups), l.k, groups};
+    int8_t *q = scratch.take<int8_t>(M * bytes_of(l.kind, l.k));
+    return {x, q, scratch.take<float>(M), scratch.take<int32_t>(M * groups), l.k, groups, scratch.panels};
 }
 
 extern "C" int castalia_linear(const Linear *l, const float *x, int64_t M, float *y, int64_t width, int threads) {
-    Scratch scratch(M * (l->k * 2 + 512) + 1024);
+    const int64_t panels = 2 * threads * panel_room(l->k);
+    Scratch scratch((M * (l->k * ROOM + 512) + panels + 1024) / 64 * 64);
     if (!scratch.memory) return 1;
+    scratch.panels = scratch.take<char>(panels);
     Input in = input_of(scratch, x, *l, M);
     team_run(threads, [&](const Thread &thread) {
         prepare(thread, *l, in, M);
@@ -695,7 +734,7 @@ static void norm_rows(const Thread &thread, const float *x, const int64_t *pick,
     const Range rows = thread.share(M);
     for (int64_t i = rows.begin; i < rows.end; i++) {
         normalize(x + (pick ? pick[i] : i) * m.width, norm, y + i * m.width, m.width, m.epsilon);
-        if (next.kind >= INT8) quantize_row(in, i, next.kind);
+        prepare_row(next, in, i);
     }
 }
 
@@ -1028,9 +1067,11 @@ static void choose(const Thread &thread, const Model &m, const Choice &c, int64_
 
 static int forward(const Model &m, const Cache &cache, const Batch &batch, const Choice *choice, int threads) {
     int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, cache);
-    int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + 2 * (4 * C + A + m.ffn) + 4096;
-    Scratch scratch(((M + 16) * row + threads * scores * 4) / 64 * 64);
+    int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + ROOM * (4 * C + A + m.ffn) + 4096;
+    int64_t panels = 2 * threads * panel_room(max(C, max(A, m.ffn)));
+    Scratch scratch(((M + 16) * row + threads * scores * 4 + panels) / 64 * 64);
     if (!scratch.memory) return 1;
+    scratch.panels = scratch.take<char>(panels);
     Forward f;
     f.trims = batch.wanted < M && ascends(batch);
     f.slot = scratch.take<int64_t>(M);
