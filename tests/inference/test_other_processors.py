@@ -24,8 +24,9 @@ from castalia.native.weights import packed_weights
 
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64")
-NUMBERS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "fp32"}
-"""Weights, and keys and values."""
+NUMBERS = {"fp32": "bf16", "bf16": "fp32", "int8": "int8", "int4": "fp32"}
+"""Weights, and keys and values. Rounded ones differ by a whole step where sums differ in the 17th
+bit, as those of bf16 weights do on i8mm."""
 SIZES = {"fp32": (64, 4), "bf16": (54, 3), "int8": (60, 5), "int4": (64, 4)}
 """Width and heads. i8mm multiplies 4 bfloat16 numbers or 8 bytes, so some are left over."""
 PROCESSORS = {
