@@ -120,7 +120,7 @@ def instructions_of_auxv(content: bytes) -> frozenset[str]:
 
     In an emulated process /proc/cpuinfo is about the processor that emulates.
     """
-    found = set()
+    found: set[str] = set()
     for kind, value in struct.iter_unpack("<QQ", content[: len(content) // 16 * 16]):
         names = HWCAPS.get(kind, {})
         found.update(name for bit, name in names.items() if value >> bit & 1)
