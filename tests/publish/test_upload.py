@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.fixtures.forked_rank import run_and_exit
-from tests.fixtures.hub_server import READER, WRITER, HubServer
+from tests.fixtures.hub_server import READER, WRITER, HubServer, Repo
 
 from castalia.checkpoint.find import complete_steps
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
@@ -257,6 +257,25 @@ def test_a_repository_with_other_files_is_left_alone(own_hub: HubServer, four_st
     with pytest.raises(CastaliaError, match="@main holds files that are no export of Castalia"):
         list(upload(four_steps, REPO, options))
     assert own_hub.files(REPO) == {"model.safetensors": b"mine"}
+
+
+def test_a_repository_begun_on_the_website_is_a_fresh_one(
+    own_hub: HubServer, four_steps: Path
+) -> None:
+    begun = {".gitattributes": b"", "README.md": b"---\nlicense: mit\n---\n"}
+    own_hub.repos[REPO] = Repo(private=False)
+    own_hub.repos[REPO].branches["main"] = [("1" * 40, begun)]
+    options = UploadOptions(steps=[2], certificate=False)
+    list(upload(four_steps, REPO, options))
+    for revision in ("main", "step2"):
+        assert "model.safetensors" in own_hub.files(REPO, revision)
+        assert "# " in card(own_hub, revision)
+    # A file of somebody else is none of a fresh repository.
+    own_hub.repos["me/other"] = Repo(private=False)
+    own_hub.repos["me/other"].branches["main"] = [("1" * 40, {**begun, "notes.txt": b"mine"})]
+    with pytest.raises(CastaliaError, match=r"@step2 holds files that .* \(notes.txt\)"):
+        list(upload(four_steps, "me/other", options))
+    assert own_hub.files("me/other")["README.md"] == begun["README.md"]
 
 
 def test_a_branch_of_other_weights_is_left_alone(own_hub: HubServer, four_steps: Path) -> None:

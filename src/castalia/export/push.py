@@ -49,6 +49,8 @@ UNREACHABLE = (
 """Base classes of errors without an answer, in httpx, httpx2 and requests."""
 ATTRIBUTES = ".gitattributes"
 """The file that the hub itself puts into every new repository."""
+FRESH = {ATTRIBUTES, "README.md"}
+"""The files of a repository that was made on the hub's website, where a license makes a card."""
 LARGE = 5_000_000
 """Bytes from which a file is sent ahead of the commit, which has the smaller ones in itself."""
 
@@ -229,9 +231,10 @@ class Hub:
 
     def require_own(self, there: Mapping[str, Any], revision: str, to: str) -> None:
         """Raises  CastaliaError if the revision holds files, and not an export to `to`."""
-        if not set(there) - {ATTRIBUTES}:
+        foreign = sorted(set(there) - FRESH)
+        if not foreign:
             return
-        held = "files that are no export of Castalia"
+        held = f"files that are no export of Castalia ({', '.join(foreign[:3])})"
         if RECORD in there:
             kind = self.record_there(revision)["to"]
             if kind == to:
