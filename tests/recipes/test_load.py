@@ -55,6 +55,17 @@ def test_preset_then_file_then_override(tmp_path):
     }
 
 
+def test_a_section_that_the_recipe_lacks_differs_by_what_was_chosen(tmp_path):
+    url = f"file://{tmp_path}/copy"
+    changes = resolve(["debug", f"checkpoint.mirror={url}"]).changes
+    assert changes == {"checkpoint.mirror.url": (None, url)}
+    changes = resolve(["debug", f"checkpoint.mirror={{url: {url}, retries: 0}}"]).changes
+    assert changes == {
+        "checkpoint.mirror.url": (None, url),
+        "checkpoint.mirror.retries": (None, 0),
+    }
+
+
 def test_order_of_the_sources_does_not_matter_between_kinds(tmp_path):
     file = write(tmp_path, "more.yaml", "train: {steps: 10}\n")
     assert load_config(["train.batch_size=4", file, "debug"]) == load_config(

@@ -339,7 +339,23 @@ def differences(started: Values, config: RunConfig) -> dict[str, tuple[Any, Any]
     # A recipe that is no config before a start or data are named has no defaults to compare with:
     # then what nobody has set does not count.
     now = flatten(config.model_dump(mode="json", exclude_unset=recipe is None))
-    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+    chosen = flatten(config.model_dump(mode="json", exclude_defaults=True))
+    return {
+        key: (before.get(key), value)
+        for key, value in now.items()
+        if before.get(key) != value and not is_implied(key, before, chosen)
+    }
+
+
+def is_implied(key: str, before: Values, chosen: Values) -> bool:
+    """Whether `key` is a default of a section that the recipe does not have, and that other keys
+    show: a mirror is its URL, not the number of its retries."""
+    if key in before or key in chosen:
+        return False
+    section = key.rpartition(".")[0]
+    while section and section not in before:
+        section = section.rpartition(".")[0]
+    return bool(section) and any(name.startswith(f"{section}.") for name in chosen)
 
 
 def folded(names: list[str]) -> list[str]:
