@@ -109,26 +109,36 @@ def test_a_script_without_a_main_guard_is_an_error_at_once(tmp_path, room):
     assert 'under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
 
-def test_workers_exit_with_their_parent(tmp_path):
+def keep_the_lock():
+    """Minutes in one call of C, which keeps Python's lock."""
+    return sum(range(10**11))
+
+
+@pytest.mark.parametrize("work", ["nothing", "a call that keeps Python's lock"])
+def test_workers_exit_with_their_parent(tmp_path, work):
     script = f"""
 import sys, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_workers import WorkerPool, held, hold
+from test_workers import WorkerPool, held, hold, keep_the_lock
 if __name__ == "__main__":
     pool = WorkerPool(2, hold, b"12")
-    print(list(pool.map(held, range(4))), flush=True)
+    assert list(pool.map(held, range(4))) == [0, 2, 4, 6]
+    if {work != "nothing"}:
+        pool.submit(keep_the_lock)
+        time.sleep(0.3)
+    print("at work", flush=True)
     time.sleep(60)
 """
     (tmp_path / "job.py").write_text(script)
     with subprocess.Popen(
         [sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True
     ) as job:
-        assert job.stdout.readline() == "[0, 2, 4, 6]\n"
+        assert job.stdout.readline() == "at work\n"
         children = psutil.Process(job.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert workers
         job.kill()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while any(
         worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers
     ):

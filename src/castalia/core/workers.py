@@ -156,7 +156,25 @@ def end_with_parent() -> None:
     """In a worker: exit as soon as the parent process has ended, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
+        end_with_pipe(int(parent.sentinel))
         threading.Thread(target=exit_after, args=(parent,), daemon=True).start()
+
+
+def end_with_pipe(descriptor: int) -> None:
+    """Let the kernel kill this process when the other end of a pipe is closed, as it is when the
+    parent ends.
+
+    The watching thread needs Python's lock, which a call into a library may keep for long. Linux
+    alone does this; elsewhere nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    import fcntl
+
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 def exit_after(parent: BaseProcess) -> None:
