@@ -348,8 +348,9 @@ def section_of(checkpoints: "Sequence[Checkpoint]") -> Mapping[str, Any]:
     from castalia.eval.settings import eval_section
 
     how = (
-        "give --tasks NAME,… (lm-evaluation-harness's, or a YAML file; bits_per_byte for held-out"
-        " text), or set eval.tasks in the run's config"
+        "give --tasks NAME,… with tasks of lm-evaluation-harness, such as lambada_openai, piqa,"
+        " arc_easy or sciq, a YAML file of a task, or bits_per_byte for the run's held-out text; or"
+        " set eval.tasks in the run's config"
     )
     runs = {checkpoint.run for checkpoint in checkpoints}
     sections = [eval_section(run) for run in runs if run is not None]
