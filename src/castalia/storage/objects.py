@@ -6,7 +6,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from castalia.core.errors import CastaliaError
 from castalia.core.files import cannot_write
 from castalia.core.sealed import Seal
+from castalia.storage.background import Background
 from castalia.storage.faults import StorageError, fault_of
 from castalia.storage.throttle import Throttle
 from castalia.storage.urls import file_system, problem_of_url, protocol_of
@@ -248,29 +249,38 @@ class ObjectStore:
 
         The file is not synced, and has its name from the beginning: callers rename it.
         """
-        starts = range(0, size, RANGE_BYTES)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                self.fetch_into(name, file.fileno(), size)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def fetch_into(self, name: str, descriptor: int, size: int) -> None:
+        """Fetch an object into an open file. Once this has returned or raised, nobody writes into
+        the file: its number may be that of another one by then."""
+        writing = threading.Lock()
+        broken_off = threading.Event()
 
         def part(start: int) -> None:
             content = self.read_range(name, start, min(start + RANGE_BYTES, size))
-            os.pwrite(descriptor, content, start)
+            with writing:
+                if not broken_off.is_set():
+                    os.pwrite(descriptor, content, start)
 
+        pool = Background(FETCHES, "fetches")
+        parts = [pool.submit(part, start) for start in range(0, size, RANGE_BYTES)]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                with ThreadPoolExecutor(FETCHES) as pool:
-                    try:
-                        for done in [pool.submit(part, start) for start in starts]:
-                            done.result()
-                    except BaseException:
-                        # Else each of the other ranges would be tried, with all its retries.
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+            for each in futures.wait(parts, return_when=futures.FIRST_EXCEPTION).done:
+                each.result()
+        except BaseException:
+            # A Ctrl-C does not wait for a server that hangs, and the other ranges are not tried.
+            for each in parts:
+                each.cancel()
+            with writing:
+                broken_off.set()
+            raise
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, in this order; one that does not exist is deleted."""

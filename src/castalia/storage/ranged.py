@@ -14,7 +14,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from castalia.core.files import cannot_write
+from castalia.storage.background import Background
 from castalia.storage.faults import StorageError
 from castalia.storage.objects import Facts, ObjectStore
 
@@ -67,7 +68,7 @@ class RangedFile:
         """Blocks that are being fetched, by number."""
         self.whole: set[int] = set()
         """Blocks whose checksum this process has compared."""
-        self.pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ranges")
+        self.pool = Background(REQUESTS, "ranges")
         self.checked_at = float("-inf")
         self.fault: str | None = None
         """How the object was changed, once that was noticed."""

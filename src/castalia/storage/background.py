@@ -1,0 +1,78 @@
+"""`Background`: functions in daemon threads, which never hold the end of the process."""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+IDLE_SECONDS = 10.0
+"""Time after which a thread without work ends."""
+
+
+class Background:
+    """Up to `threads` threads that run functions in the order of `submit`.
+
+    The threads of a `ThreadPoolExecutor` are joined at the end of the process. One that waits for a
+    server that hangs, with its repeats, would hold it for minutes.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.threads = threads
+        self.name = name
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin without a thread."""
+        self.process = os.getpid()
+        self.waiting: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self.started = 0
+        self.idle = 0
+        """Threads that are free, less functions that no thread has taken yet."""
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """The result of `work` to come."""
+        future: Future[T] = Future()
+        with self.lock:
+            if self.process != os.getpid():
+                # A fork: the threads stayed in the parent.
+                self.reset()
+            self.waiting.put((future, lambda: work(*arguments)))
+            self.idle -= 1
+            if self.idle < 0 and self.started < self.threads:
+                self.started += 1
+                self.idle += 1
+                name = f"{self.name}-{self.started}"
+                threading.Thread(target=self.run, daemon=True, name=name).start()
+        return future
+
+    def run(self) -> None:
+        """One thread."""
+        while True:
+            try:
+                future, work = self.waiting.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                if self.may_end():
+                    return
+                continue
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
+            # Else the thread would keep the last result while it waits.
+            del future, work
+            with self.lock:
+                self.idle += 1
+
+    def may_end(self) -> bool:
+        """Whether there is no work for a thread, which then counts no more."""
+        with self.lock:
+            if not self.waiting.empty():
+                return False
+            self.started -= 1
+            self.idle -= 1
+            return True
