@@ -1,6 +1,7 @@
 """A run and its mirror, on a real server of S3: killed, moved, corrupted, cut off."""
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -15,6 +16,7 @@ from castalia.checkpoint import SavePolicy, read
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.mirror import Mirror, logs_of
 from castalia.checkpoint.mirroring import Mirroring
+from castalia.checkpoint.restore import fetch_logs
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.integrity.checking import check_folders
@@ -195,6 +197,38 @@ def test_resume_elsewhere_finds_a_flipped_byte(killed, train, whole, tmp_path, c
     assert bytes(content) != store.read(name)
 
 
+def flip(path: Path) -> None:
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_whole_copy_replaces_a_damaged_local_step(train, whole, tmp_path, capsys):
+    output, copy = tmp_path / "run", tmp_path / "mirror"
+    overrides = (f"checkpoint.mirror=file://{copy}", "checkpoint.keep=1")
+    train(output, *overrides)
+    name = "checkpoints/step-00000006/optim-00000.safetensors"
+    flip(output / name)
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="skipping the checkpoint of step 6"):
+        train(output, *overrides)
+    out = capsys.readouterr().out
+    assert f"fetched step 6 from file://{copy}: all checkpoints here are damaged" in out
+    assert "step-00000006, read in" in out
+    require_same(output, whole)
+    # The newest step is damaged on both sides: that before it, which is on the mirror alone.
+    flip(output / name)
+    flip(copy / name)
+    with pytest.warns(UserWarning, match="skipping the checkpoint of step 6"):
+        train(output, *overrides)
+    captured = capsys.readouterr()
+    assert f"fetched step 4 from file://{copy}: all checkpoints" in captured.out
+    assert f"file://{copy}/{name} is damaged" in captured.err
+    require_same(output, whole)
+    assert steps_on(f"file://{copy}") == [2, 4, 6]
+
+
 def test_a_mirror_that_is_gone_for_a_while(link, new_bucket, train, whole, tmp_path, capsys):
     url = new_bucket()
 
@@ -265,6 +299,56 @@ def test_what_a_start_refuses(link, new_bucket, train, tmp_path):
         with pytest.raises(ConfigError, match=said) as caught:
             load_config([*SMALL, f"checkpoint.mirror={word}"])
         assert "word@" not in str(caught.value)
+
+
+def test_fetched_logs_are_compared(train, whole, tmp_path, capsys):
+    copy = tmp_path / "mirror"
+    url = f"file://{copy}"
+    train(tmp_path / "run", f"checkpoint.mirror={url}")
+    (checked,) = check_folders([url])
+    assert not checked.damaged and f"{url}/metrics.jsonl" in [file.path for file in checked.files]
+    flip(copy / "metrics.jsonl")
+    flip(copy / "command.txt")
+    (checked,) = check_folders([url])
+    assert {file.path for file in checked.damaged} == {
+        f"{url}/metrics.jsonl",
+        f"{url}/command.txt",
+    }
+    capsys.readouterr()
+    train(tmp_path / "other", f"checkpoint.mirror={url}")
+    err = capsys.readouterr().err
+    said = rf"warning: {url}/metrics.jsonl is damaged: line \d: its checksum is not that"
+    assert len(re.findall(said, err)) == 1
+    said = f"warning: {url}/command.txt is damaged: its SHA-256 is not that of the log that was"
+    assert err.count(said) == 1 and err.count("it is taken as it is") == 2
+
+
+def test_a_log_on_its_way_may_be_either_of_two(whole, tmp_path, monkeypatch):
+    mirroring, _, _ = mirroring_of(whole, tmp_path)
+    mirror = mirroring.mirror
+    mirror.send_logs()
+    path = tmp_path / "run/config.yaml"
+    before = path.read_text()
+    path.write_text(f"{before}# changed\n")
+
+    def killed(path: Path, name: str, seal) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.store, "send", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.send_logs()
+    monkeypatch.undo()
+    said: list[str] = []
+    other = Mirror(mirror.store, tmp_path / "other")
+    fetch_logs(other, said.append)
+    assert (tmp_path / "other/config.yaml").read_text() == before and not said
+    # The other of the two.
+    mirror.store.write("config.yaml", path.read_bytes())
+    fetch_logs(other, said.append)
+    assert (tmp_path / "other/config.yaml").read_text() == path.read_text() and not said
+    mirror.store.write("config.yaml", b"third")
+    fetch_logs(other, said.append)
+    assert len(said) == 1 and "config.yaml is damaged" in said[0]
 
 
 def test_another_run_is_refused_and_both_sides_keep(train, tmp_path, capsys):

@@ -3,7 +3,8 @@
 URL/metrics.jsonl, config.yaml, samples/… the logs
 URL/checkpoints/step-00001000/…           a checkpoint; COMPLETE is sent last and deleted first
 URL/.mirror/step-00001000.json            the files of a step that were sent, with their hashes
-URL/.mirror/logs.json                     the logs as they were sent last
+URL/.mirror/logs.json                     size and hash of each log; of one on its way, also those
+                                          that it had before
 
 A step without COMPLETE does not exist, as in a run folder.
 """
@@ -50,6 +51,9 @@ class Mirror:
         """Files that were there already."""
         self.sent_logs: dict[str, list[Any]] | None = None
         """Size and SHA-256 of each log as the mirror has it; None until that is read."""
+        self.noted_logs: dict[str, list[Any]] = {}
+        """The same as the record has them: of a log on its way first the new ones, then those that
+        it had."""
 
     def __repr__(self) -> str:
         return f"Mirror({self.store.url!r})"
@@ -138,46 +142,74 @@ class Mirror:
     def send_logs(self) -> bool:
         """Send the logs that changed; whether any did."""
         if self.sent_logs is None:
-            recorded = self.read_json(LOGS_RECORD)
+            self.noted_logs = self.read_json(LOGS_RECORD)
             present = self.store.sizes()
-            # The record alone would miss an object that was deleted.
+            # The record alone would miss an object that was deleted; a log that was on its way when
+            # the run was killed is not known to be there.
             self.sent_logs = {
-                name: entry for name, entry in recorded.items() if present.get(name) == entry[0]
+                name: entry
+                for name, entry in self.noted_logs.items()
+                if present.get(name) == entry[0] and len(entry) == 2
             }
-        changed = False
+        changed = self.changed_logs()
+        if not changed:
+            return False
+        entries = {name: entry_of(seal) for name, (_, seal) in changed.items()}
+        # Before the logs, with what is there: after a kill in between, a fetch knows either.
+        self.write_logs_record(
+            {name: [*entry, *self.noted_logs.get(name, [])[:4]] for name, entry in entries.items()}
+        )
+        for name, (path, seal) in changed.items():
+            sent = self.send_log(path, name, seal)
+            if sent is not None:
+                self.sent_logs[name] = entry_of(sent)
+        self.write_logs_record({})
+        return True
+
+    def write_logs_record(self, coming: dict[str, list[Any]]) -> None:
+        """Write which logs the mirror has, and those that are on their way."""
+        self.noted_logs = {**(self.sent_logs or {}), **coming}
+        self.store.write(LOGS_RECORD, json.dumps(self.noted_logs).encode())
+
+    def changed_logs(self) -> dict[str, tuple[Path, Seal]]:
+        """The logs that the mirror does not have as they are now, by name.
+
+        Raises  StorageError for a log that cannot be read: it is tried again with the rest.
+        """
+        changed = {}
         for path in logs_of(self.folder):
             name = path.relative_to(self.folder).as_posix()
-            seal = self.send_log(path, name, self.sent_logs.get(name))
-            if seal is not None:
-                self.sent_logs[name] = [seal.size, seal.sha256]
-                changed = True
-        if changed:
-            self.store.write(LOGS_RECORD, json.dumps(self.sent_logs).encode())
+            try:
+                seal = seal_of(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if (self.sent_logs or {}).get(name) != entry_of(seal):
+                changed[name] = (path, seal)
         return changed
 
-    def send_log(self, path: Path, name: str, known: list[Any] | None) -> Seal | None:
-        """Send one log as it is now; what was sent, or None if the mirror has it.
+    def send_log(self, path: Path, name: str, seal: Seal) -> Seal | None:
+        """Send one log as it was when it was hashed; what was sent, None if it is gone by now.
 
-        Raises  StorageError, also for a log that cannot be read: it is tried again with the rest.
+        Raises  StorageError.
         """
         for left in range(ATTEMPTS - 1, -1, -1):
             try:
                 # A log grows while it is read: the first bytes stay as they are.
-                seal = seal_of(path)
-                if known == [seal.size, seal.sha256]:
-                    return None
                 self.store.send(path, name, seal)
-            except FileNotFoundError:
-                return None
             except StorageError:
                 raise
-            except OSError as error:
-                reason = f"cannot read {path}: {error.strerror or error}"
-                raise StorageError(reason, passing=True) from error
             except CastaliaError as error:
+                if not path.exists():
+                    return None
                 # Rewritten between the two reads, as a rollback does.
                 if left == 0:
                     raise StorageError(str(error), passing=True) from error
+                try:
+                    seal = seal_of(path)
+                except OSError as reason:
+                    raise unreadable(path, reason) from reason
                 continue
             self.sent_bytes += seal.size or 0
             return seal
@@ -204,6 +236,16 @@ def logs_of(folder: Path) -> list[Path]:
             if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
                 found.append(path)
     return sorted(found)
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """The error about a log that cannot be read now."""
+    return StorageError(f"cannot read {path}: {error.strerror or error}", passing=True)
+
+
+def entry_of(seal: Seal) -> list[Any]:
+    """Size and hash of a file as the record has them."""
+    return [seal.size, seal.sha256]
 
 
 def seal_of(path: Path) -> Seal:

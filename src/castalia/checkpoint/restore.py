@@ -2,29 +2,42 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from castalia.checkpoint.find import complete_steps
 from castalia.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
-    FileEntry,
     Manifest,
-    fault_of_entry_file,
     read_manifest,
 )
-from castalia.checkpoint.mirror import CHECKPOINTS, LEDGER, LOG_FOLDERS, Mirror
+from castalia.checkpoint.mirror import (
+    CHECKPOINTS,
+    LEDGER,
+    LOG_FOLDERS,
+    LOGS_RECORD,
+    Mirror,
+    entry_of,
+    seal_of,
+)
 from castalia.checkpoint.names import COMPLETE, step_name
 from castalia.checkpoint.save import discard
 from castalia.checkpoint.shards import write_bytes
 from castalia.core.errors import CheckpointError
 from castalia.core.files import on_disk
-from castalia.storage import StorageError
+from castalia.core.log_lines import read_log
+from castalia.core.sealed import Seal, fault_of_file
+from castalia.storage import ObjectStore, StorageError
 
 Say = Callable[[str], object]
 FETCHED = ".fetched"
 """End of the name of a folder that a step is fetched into; a killed fetch goes on there."""
+FETCHES = 2
+"""Times that a log is fetched whose bytes differ: they may have changed on the way."""
+LINES = ".jsonl"
+"""Suffix of the logs whose lines have checksums."""
 
 
 def newest_step(folder: Path) -> int:
@@ -42,33 +55,61 @@ def restore(mirror: Mirror, say: Say) -> int | None:
     folder = mirror.folder
     here = newest_step(folder)
     newer = [step for step in reversed(mirror.steps()) if step > here]
+    step, damages = fetch_newest(mirror, newer, say)
+    if step is not None:
+        fetch_logs(mirror, say)
+        give_name(mirror, step)
+    elif damages and here < 0:
+        raise CheckpointError(
+            f"none of the steps in {mirror.store.url} is whole; choose another checkpoint.mirror to"
+            f" begin anew: {damages[0]}"
+        )
+    return step
+
+
+def rescue(mirror: Mirror, above: int, say: Say) -> int | None:
+    """Fetch the newest whole step after `above`, where those here are damaged; None if the mirror
+    has none either.
+
+    The logs here stay: they reach the newest step that was saved here. What is newer on the mirror
+    was looked at by `restore`.
+    Raises  StorageError.
+    """
+    newest = newest_step(mirror.folder)
+    steps = [step for step in reversed(mirror.steps()) if above < step <= newest]
+    step, _ = fetch_newest(mirror, steps, say)
+    if step is not None:
+        give_name(mirror, step)
+    return step
+
+
+def fetch_newest(mirror: Mirror, steps: list[int], say: Say) -> tuple[int | None, list[str]]:
+    """The first whole one of `steps`, in its hidden folder, and the faults of those before it."""
     damages = []
-    for step in newer:
+    for step in steps:
         try:
-            ready = fetch_step(mirror, step, folder / CHECKPOINTS)
+            fetch_step(mirror, step)
         except DamagedCheckpointError as error:
             damages.append(str(error))
             say(f"castalia: warning: {error}; the next older step is taken")
             mirror.distrust(step)
             continue
-        fetch_logs(mirror)
-        give_name(ready, folder / CHECKPOINTS / step_name(step))
-        return step
-    if damages and here < 0:
-        raise CheckpointError(
-            f"none of the steps in {mirror.store.url} is whole; choose another checkpoint.mirror to"
-            f" begin anew: {damages[0]}"
-        )
-    return None
+        return step, damages
+    return None, damages
 
 
-def fetch_step(mirror: Mirror, step: int, folder: Path) -> Path:
-    """Fetch a step into a hidden folder in `folder`, every file compared with the manifest.
+def hidden_folder(mirror: Mirror, step: int) -> Path:
+    """The folder that a step is fetched into."""
+    return mirror.folder / CHECKPOINTS / f".{step_name(step)}{FETCHED}"
+
+
+def fetch_step(mirror: Mirror, step: int) -> None:
+    """Fetch a step into its hidden folder, every file compared with the manifest.
 
     Raises  DamagedCheckpointError naming the object; StorageError.
     """
     url = mirror.store.url_of(mirror.place(step))
-    hidden = folder / f".{step_name(step)}{FETCHED}"
+    hidden = hidden_folder(mirror, step)
     hidden.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, COMPLETE):
         write_bytes(hidden / name, read_object(mirror, step, name))
@@ -79,7 +120,6 @@ def fetch_step(mirror: Mirror, step: int, folder: Path) -> Path:
     if manifest.step != step:
         raise DamagedCheckpointError(f"{url} holds step {manifest.step}; it was renamed")
     fetch_files(mirror, step, hidden, manifest)
-    return hidden
 
 
 def read_object(mirror: Mirror, step: int, name: str) -> bytes:
@@ -98,34 +138,49 @@ def fetch_files(mirror: Mirror, step: int, hidden: Path, manifest: Manifest) -> 
         # Of an earlier fetch, before the step was saved anew.
         if item.name not in (*manifest.files, MANIFEST, COMPLETE):
             item.unlink()
-    for name, entry in manifest.files.items():
-        if (hidden / name).exists() and fault_of_entry_file(hidden / name, entry) is None:
-            continue
-        fetch_file(mirror, f"{mirror.place(step)}/{name}", hidden / name, entry)
+    seals = {name: Seal(entry.sha256, entry.size) for name, entry in manifest.files.items()}
+    fetch_sealed(mirror.store, f"{mirror.place(step)}/", seals, hidden)
     on_disk(hidden)
 
 
-def fetch_file(mirror: Mirror, name: str, path: Path, entry: FileEntry) -> None:
-    """Fetch one file and compare it with its entry."""
-    url = mirror.store.url_of(name)
+def fetch_sealed(store: ObjectStore, place: str, seals: Mapping[str, Seal], folder: Path) -> None:
+    """Fetch the files below `place` that are not in the folder yet, each compared with its seal.
+
+    Raises  DamagedCheckpointError naming the object; StorageError.
+    """
+    for name, seal in seals.items():
+        path = folder / name
+        if path.exists() and fault_of_file(path, seal) is None:
+            continue
+        fetch_file(store, f"{place}{name}", path, seal)
+
+
+def fetch_file(store: ObjectStore, name: str, path: Path, seal: Seal) -> None:
+    """Fetch one file and compare it with its seal."""
+    url = store.url_of(name)
     try:
-        size = mirror.store.facts(name).size
-        if size != entry.size:
+        size = store.facts(name).size
+        if seal.size not in (None, size):
             raise DamagedCheckpointError(
-                f"{url} is damaged: it has {size} bytes, expected {entry.size}"
+                f"{url} is damaged: it has {size} bytes, expected {seal.size}"
             )
-        mirror.store.fetch(name, path, entry.size)
+        store.fetch(name, path, size)
     except StorageError as error:
         if error.missing:
             raise DamagedCheckpointError(f"{error}, and the manifest lists it") from None
         raise
-    if fault_of_entry_file(path, entry) is not None:
+    if fault_of_file(path, seal) is not None:
         path.unlink()
         raise DamagedCheckpointError(f"{url} is damaged: its SHA-256 is not the one of its save")
 
 
-def fetch_logs(mirror: Mirror) -> None:
-    """Fetch the logs over those of the run folder, which are older or of the same steps."""
+def fetch_logs(mirror: Mirror, say: Say) -> None:
+    """Fetch the logs over those of the run folder, which are older or of the same steps.
+
+    A damaged one is told, and taken as it is: what it has is better than nothing, and whoever reads
+    its lines checks them.
+    """
+    recorded = mirror.read_json(LOGS_RECORD)
     for name, size in mirror.store.sizes().items():
         parts = PurePosixPath(name).parts
         is_log = len(parts) == 1 or parts[0] in LOG_FOLDERS
@@ -134,16 +189,46 @@ def fetch_logs(mirror: Mirror) -> None:
             continue
         path = mirror.folder / name
         half = path.with_name(f".{path.name}{FETCHED}")
-        mirror.store.fetch(name, half, size)
+        fault = None
+        for _ in range(FETCHES):
+            mirror.store.fetch(name, half, size)
+            fault = fault_of_log(half, path.suffix, recorded.get(name, []))
+            if fault is None:
+                break
+        if fault is not None:
+            say(
+                f"castalia: warning: {mirror.store.url_of(name)} is damaged: {fault}; it is taken"
+                " as it is"
+            )
         os.replace(half, path)
 
 
-def give_name(hidden: Path, place: Path) -> None:
+def fault_of_log(path: Path, suffix: str, entry: list[Any]) -> str | None:
+    """Why a fetched log is not as it was sent, or None.
+
+    entry  size and hash, and those of its forerunner if it was on its way; empty if not recorded.
+    """
+    pairs = [entry[place : place + 2] for place in range(0, len(entry), 2)]
+    if entry_of(seal_of(path)) in pairs:
+        return None
+    if suffix == LINES:
+        # Each line has a checksum of its own, which says where.
+        faulty = next((line for line in read_log(path) if line.fault is not None), None)
+        if faulty is not None:
+            return f"line {faulty.number}: {faulty.fault}"
+    if not entry:
+        # Of an older version, which recorded nothing.
+        return None
+    return "its SHA-256 is not that of the log that was sent"
+
+
+def give_name(mirror: Mirror, step: int) -> None:
     """Let a fetched step exist."""
+    place = mirror.folder / CHECKPOINTS / step_name(step)
     if place.exists():
-        # Incomplete: a complete one would not have been fetched.
+        # Incomplete or damaged: a whole one would not have been fetched.
         discard(place)
-    os.rename(hidden, place)
+    os.rename(hidden_folder(mirror, step), place)
     on_disk(place.parent)
     for left in place.parent.glob(f".*{FETCHED}"):
         shutil.rmtree(left, ignore_errors=True)

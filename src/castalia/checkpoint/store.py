@@ -35,6 +35,8 @@ from castalia.core.files import locked
 LOCK = ".lock"
 NO_STEP = -1
 """Stands for "none" where ranks exchange integers; smaller than every step."""
+FAR = 1 << 62
+"""Larger than every step: the word of a rank that leaves the choice to another."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Store:
     agree     the smallest of a number over all ranks, for instance World.smallest; needed when
               world > 1. Called here and in load_latest, never during a save.
     patience  seconds to wait for another rank, or for another run that saves here.
+    rescue    called on rank 0 where the newest steps are damaged: fetches a whole copy of a step
+              after the given one from elsewhere; that step, or None.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Store:
         expired: Callable[[list[int]], list[int]] | None = None,
         agree: Callable[[int], int] | None = None,
         patience: float = 1800.0,
+        rescue: Callable[[int], int | None] | None = None,
     ) -> None:
         if "://" in str(folder):
             raise CheckpointError(
@@ -80,6 +85,7 @@ class Store:
         assert agree or world == 1, "several ranks need agree= to choose a checkpoint together"
         self.agree = agree or int
         self.patience = patience
+        self.rescue = rescue
         self.warnings: list[str] = []
         # Ranks recognize notes of their own save by it. A clock could repeat after a restart.
         self.session = self.agree(random.SystemRandom().getrandbits(62))
@@ -234,7 +240,11 @@ class Store:
         self.report_unfinished()
         self.end_deletions()
         ready: dict[int, Ready] = {}
-        step = self.newest_good(partial(make_ready, tensors=tensors, elsewhere=elsewhere), ready)
+        check = partial(make_ready, tensors=tensors, elsewhere=elsewhere)
+        step = self.newest_good(check, ready)
+        fetched = self.rescued(step)
+        if fetched != NO_STEP:
+            step = self.newest_good(check, ready, fetched)
         if step == NO_STEP:
             if have := self.steps():
                 reasons = "".join(f"\n  {line}" for line in self.warnings)
@@ -245,16 +255,29 @@ class Store:
             return None
         return step, ready[step].fill()
 
-    def newest_good(self, check: Callable[[Path], Ready], ready: dict[int, Ready]) -> int:
-        """The newest step that every rank finds good, or NO_STEP; checked ones are put into
-        `ready`.
+    def rescued(self, good: int) -> int:
+        """A step after `good`, the newest whole one here, that came from a copy elsewhere; NO_STEP
+        if none did. Collective."""
+        # All ranks see one folder, so that all enter or none does.
+        if self.rescue is None or max(self.steps(), default=NO_STEP) <= good:
+            return NO_STEP
+        fetched: int | None = FAR
+        if self.rank == 0:
+            fetched = self.rescue(good)
+        return self.agree(NO_STEP if fetched is None else fetched)
+
+    def newest_good(
+        self, check: Callable[[Path], Ready], ready: dict[int, Ready], limit: int | None = None
+    ) -> int:
+        """The newest step, up to `limit`, that every rank finds good, or NO_STEP; checked ones are
+        put into `ready`.
 
         Each rank checks only the files that it needs, so ranks may differ on what is good. In each
         round every rank offers its newest good step not above the last agreement, and the smallest
         offer is the next agreement. The same agreement twice in a row means that all ranks hold it.
         """
         steps = self.steps()
-        agreed = None
+        agreed = limit
         while True:
             limit = agreed
             mine = NO_STEP

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from castalia.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from castalia.checkpoint.mirror import Mirror
+from castalia.checkpoint.mirror import LOGS_RECORD, Mirror
 from castalia.checkpoint.names import COMPLETE, step_name
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.sealed import Seal
@@ -43,6 +43,18 @@ def check_mirror(url: str) -> Iterator[CheckedFile]:
                 mirror.store, f"{mirror.place(step)}/{name}", Seal(entry.sha256, entry.size)
             )
             yield CheckedFile(f"{place}/{name}", fault, BY, entry.size)
+    yield from check_logs(mirror)
+
+
+def check_logs(mirror: Mirror) -> Iterator[CheckedFile]:
+    """The logs, as the mirror's own record has them."""
+    for name, entry in sorted(mirror.read_json(LOGS_RECORD).items()):
+        # One that was on its way when a run was killed is either of two; the next start sends it.
+        if len(entry) == 2:
+            fault = fault_of_object(mirror.store, name, Seal(entry[1], entry[0]))
+            yield CheckedFile(
+                mirror.store.url_of(name), fault, f"SHA-256 in {LOGS_RECORD}", entry[0]
+            )
 
 
 def manifest_of(mirror: Mirror, step: int) -> Manifest:

@@ -32,6 +32,7 @@ from castalia.train.build import build_model, check_processes, step_loader, with
 from castalia.train.experience import make_experience
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
+from castalia.train.hooks.mirror import rescuer
 from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.passes import make_passes
@@ -144,6 +145,7 @@ class Trainer:
             world=self.world.size,
             expired=self.policy.expired,
             agree=self.world.smallest,
+            rescue=rescuer(config),
         )
         self.guard = Guard(
             config.guard,

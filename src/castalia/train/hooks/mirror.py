@@ -9,7 +9,7 @@ from castalia.checkpoint import SavePolicy
 from castalia.checkpoint.config import MirrorConfig
 from castalia.checkpoint.mirror import STARTED, Mirror
 from castalia.checkpoint.mirroring import Mirroring
-from castalia.checkpoint.restore import newest_step, restore
+from castalia.checkpoint.restore import newest_step, rescue, restore
 from castalia.core.errors import CheckpointError
 from castalia.distributed import World
 from castalia.runs.config import RunConfig
@@ -37,12 +37,18 @@ def mirror_of(config: RunConfig) -> Mirror | None:
     return Mirror(ObjectStore(options.url, transfer, threading.Event()), Path(config.output))
 
 
+def say_aside(line: str) -> None:
+    """Show a line beside the output of the run."""
+    say(line, sys.stderr)
+
+
 def restore_run(config: RunConfig, world: World) -> None:
     """Fetch the run from its mirror if that is further than the run folder; on every rank.
 
     The leading rank fetches, and has claimed the folder. Nothing happens without a mirror.
-    Raises  ConfigError if the mirror is of another run; StorageError if it cannot be used, or
-            cannot be reached and may have the only steps; CheckpointError if it is damaged.
+    Raises  ConfigError if the mirror is of another run;
+            StorageError if it cannot be used, or cannot be reached and may have the only steps;
+            CheckpointError if it is damaged.
     """
     if config.checkpoint.mirror is None:
         return
@@ -61,7 +67,7 @@ def fetch_run(config: RunConfig) -> None:
         # What cannot be written must not come out when the first checkpoint is finished.
         mirror.store.write(STARTED, b"")
         refuse_other_run(config, mirror)
-        step = restore(mirror, lambda line: say(line, sys.stderr))
+        step = restore(mirror, say_aside)
     except StorageError as error:
         if here < 0 or not error.passing:
             raise CheckpointError(
@@ -72,6 +78,28 @@ def fetch_run(config: RunConfig) -> None:
     if step is not None:
         say(f"fetched step {step} and the logs from {mirror.store.url}")
         check_run_folder(config)
+
+
+def rescuer(config: RunConfig) -> Callable[[int], int | None] | None:
+    """What fetches a whole step from the mirror in place of damaged ones here, for a `Store`; None
+    without a mirror."""
+    mirror = mirror_of(config)
+    if mirror is None:
+        return None
+
+    def fetch(good: int) -> int | None:
+        url = mirror.store.url
+        try:
+            step = rescue(mirror, good, say_aside)
+        except StorageError as error:
+            warn(f"checkpoint.mirror: {error}; no whole step could be fetched from there")
+            return None
+        if step is not None:
+            which = f"the checkpoints after step {good}" if good >= 0 else "all checkpoints"
+            say(f"fetched step {step} from {url}: {which} here are damaged")
+        return step
+
+    return fetch
 
 
 def refuse_other_run(config: RunConfig, mirror: Mirror) -> None:
