@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint import SavePolicy, read
+from castalia.checkpoint import SavePolicy, owner, read
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.mirror import Mirror, logs_of
 from castalia.checkpoint.mirroring import Mirroring
+from castalia.checkpoint.owner import Owner
 from castalia.checkpoint.restore import fetch_logs
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
+from castalia.core.files import this_process
 from castalia.data import IndexedDatasetWriter
 from castalia.integrity.checking import check_folders
 from castalia.recipes import load_config
@@ -349,6 +351,64 @@ def test_a_log_on_its_way_may_be_either_of_two(whole, tmp_path, monkeypatch):
     mirror.store.write("config.yaml", b"third")
     fetch_logs(other, said.append)
     assert len(said) == 1 and "config.yaml is damaged" in said[0]
+
+
+def test_two_runs_do_not_share_a_mirror(train, whole, tmp_path, capsys):
+    url = f"file://{tmp_path}/mirror"
+    option = f"checkpoint.mirror={url}"
+    refused: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(ConfigError) as caught:
+            train(tmp_path / "second", option)
+        refused.append(str(caught.value))
+
+    train(tmp_path / "first", option, hooks=[At({3: second})])
+    (sentence,) = refused
+    assert f"{url} is the mirror of the run in {tmp_path}/first (process" in sentence
+    assert "which sends to it now; stop that run, or choose another checkpoint.mirror" in sentence
+    assert not (tmp_path / "second/metrics.jsonl").exists()
+    require_same(tmp_path / "first", whole)
+    # The run has ended: from an empty folder it goes on, and the first folder is the same run.
+    train(tmp_path / "second", option)
+    assert f"fetched step 6 and the logs from {url}" in capsys.readouterr().out
+    train(tmp_path / "first", option)
+    # A folder with steps of its own is another run.
+    train(tmp_path / "third")
+    with pytest.raises(ConfigError, match=rf"the mirror of another run, that in {tmp_path}/first"):
+        train(tmp_path / "third", option)
+
+
+def test_a_start_on_another_machine_is_watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(owner, "SILENT_SECONDS", 0.4)
+    monkeypatch.setattr(owner, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.05)
+    store = ObjectStore(f"file://{tmp_path}/mirror")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(owner, "boot_of_machine", lambda: "another machine")
+        first = Owner(Mirror(store, tmp_path / "first"))
+        first.check(print)
+        first.take()
+    said: list[str] = []
+    lost: list[str] = []
+    first.begin(lost.append)
+    second = Owner(Mirror(ObjectStore(store.url), tmp_path / "second"))
+    with pytest.raises(ConfigError, match="which sends to it now; stop that run"):
+        second.check(said.append)
+    assert "waiting 0 s to see whether it goes on" in said.pop()
+    # It gives no sign of life any more, and is waited for once.
+    first.is_taken = False
+    second.check(said.append)
+    second.check(said.append)
+    assert len(said) == 1
+    second.take()
+    # It was only cut off: it notices, and stops.
+    first.is_taken = True
+    end = time.monotonic() + 10
+    while not lost and time.monotonic() < end:
+        time.sleep(0.02)
+    store.stopped.set()
+    assert lost == [f"the run in {tmp_path}/second ({this_process()}) has taken it over"]
 
 
 def test_another_run_is_refused_and_both_sides_keep(train, tmp_path, capsys):

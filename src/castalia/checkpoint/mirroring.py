@@ -7,11 +7,13 @@ gone. Only the leading rank has one, since all ranks save into one folder.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from castalia.checkpoint.find import complete_steps, ranges_of
 from castalia.checkpoint.mirror import CHECKPOINTS, Mirror
 from castalia.checkpoint.names import COMPLETE, step_name
+from castalia.checkpoint.owner import Owner
 from castalia.core.errors import CastaliaError
 from castalia.monitor.display import size_text
 from castalia.storage import StorageError
@@ -33,6 +35,7 @@ class Mirroring:
     expired  of the mirror: complete steps -> those to delete there.
     hold     most steps that the local policy would delete and that stay until they are mirrored.
     say      shows a line; warn shows a warning.
+    owner    the claim on the mirror, checked; it is taken before anything is sent.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Mirroring:
         hold: int,
         say: Callable[[str], object],
         warn: Callable[[str], None],
+        owner: Owner | None = None,
     ) -> None:
         self.mirror = mirror
         self.expired = expired
         self.hold = hold
         self.say = say
         self.warn = warn
+        self.owner = owner
         self.there: set[int] | None = None
         """Steps that are whole on the mirror; None until it was asked."""
         self.unsure: set[int] = set()
@@ -74,6 +79,8 @@ class Mirroring:
     def start(self) -> None:
         """Begin with what an earlier start left."""
         self.thread.start()
+        if self.owner is not None:
+            self.owner.begin(self.give_up)
 
     def run(self) -> None:
         """The thread: send what is missing, and wait for more, until the run ends."""
@@ -100,12 +107,17 @@ class Mirroring:
             self.recover()
             pause = FIRST_PAUSE
             if is_ending:
+                self.leave()
                 break
             self.wakes.wait(POLL_SECONDS)
         self.ended.set()
 
     def round(self, *, with_logs: bool) -> None:
         """Send every step that is missing, and the logs if there were any or they are due."""
+        if self.owner is not None and not self.owner.is_taken:
+            # The mirror was gone when the run began.
+            self.owner.check(self.say)
+            self.owner.take()
         if self.there is None:
             self.there = set(self.mirror.steps())
             self.unsure = set(self.there)
@@ -115,6 +127,22 @@ class Mirroring:
         self.expire()
         if with_logs:
             self.mirror.send_logs()
+
+    def leave(self) -> None:
+        """Say on the mirror that this start sends nothing more."""
+        if self.owner is not None and self.owner.is_taken:
+            # Else a start elsewhere waits for a sign of life, which does no harm.
+            with suppress(StorageError):
+                self.owner.write(ended=True)
+
+    def give_up(self, reason: str) -> None:
+        """Send nothing more: the mirror is another start's by now."""
+        self.fault = StorageError(reason)
+        self.mirror.store.stopped.set()
+        self.warn(
+            f"checkpoint.mirror: {self.mirror.store.url}: {reason}; training goes on, and nothing"
+            " more is sent"
+        )
 
     def send(self, step: int) -> None:
         """Send one step, with the logs as they are by then."""

@@ -3,12 +3,14 @@
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from castalia.checkpoint import SavePolicy
 from castalia.checkpoint.config import MirrorConfig
 from castalia.checkpoint.mirror import STARTED, Mirror
 from castalia.checkpoint.mirroring import Mirroring
+from castalia.checkpoint.owner import Owner
 from castalia.checkpoint.restore import newest_step, rescue, restore
 from castalia.core.errors import CheckpointError
 from castalia.distributed import World
@@ -46,7 +48,7 @@ def restore_run(config: RunConfig, world: World) -> None:
     """Fetch the run from its mirror if that is further than the run folder; on every rank.
 
     The leading rank fetches, and has claimed the folder. Nothing happens without a mirror.
-    Raises  ConfigError if the mirror is of another run;
+    Raises  ConfigError if the mirror is of another run, or another start sends to it now;
             StorageError if it cannot be used, or cannot be reached and may have the only steps;
             CheckpointError if it is damaged.
     """
@@ -67,6 +69,7 @@ def fetch_run(config: RunConfig) -> None:
         # What cannot be written must not come out when the first checkpoint is finished.
         mirror.store.write(STARTED, b"")
         refuse_other_run(config, mirror)
+        Owner(mirror).check(say_aside)
         step = restore(mirror, say_aside)
     except StorageError as error:
         if here < 0 or not error.passing:
@@ -147,12 +150,19 @@ class MirrorRun(Hook):
         self.progress = progress
         own = config.checkpoint.model_copy(update={"keep": self.options.keep})
         there = SavePolicy(own, policy.last_step)
+        owner = Owner(mirror)
+        # Again: another start may have passed the first look while the model was built. Where the
+        # mirror is gone, its thread takes it later.
+        with suppress(StorageError):
+            owner.check(say_aside)
+            owner.take()
         self.mirroring = Mirroring(
             mirror,
             expired=there.expired,
             hold=self.options.hold,
             say=say,
             warn=warn,
+            owner=owner,
         )
         expired = self.store.expired or (lambda steps: [])
         spare = self.mirroring.spare
