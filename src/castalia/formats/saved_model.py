@@ -25,6 +25,7 @@ from castalia.formats.adapted import AdapterPart, base_place, peft_over_base, ru
 from castalia.formats.export_record import check_export, require_recorded
 from castalia.formats.foreign import Help, find_foreign, is_foreign
 from castalia.formats.peft import ADAPTER_CONFIG, is_peft_folder, read_peft
+from castalia.formats.remote import is_remote, local_model
 from castalia.models import ModelConfig, build_model_config
 from castalia.tokenizers.special_ids import SpecialIds, read_special_ids
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -85,7 +86,8 @@ def open_model(
     tokenizer: str | None = None,
 ) -> SavedModel:
     """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder,
-    OWNER/NAME of the hub, or a model of another trainer (see foreign.py): a GPT-NeoX checkpoint, a
+    OWNER/NAME of the hub, the URL of a run, a checkpoint or an export in an object store, or a
+    model of another trainer (see foreign.py): a GPT-NeoX checkpoint, a
     LLaMA folder of Meta's, a GGUF file, RWKV's .pth; or an adapter in a folder of PEFT, with the
     base that it names.
 
@@ -100,7 +102,7 @@ def open_model(
     Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
               cannot be built.
     """
-    folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
+    folder = folder_named(path)
     if is_peft_folder(folder):
         return open_peft(folder, check)
     if folder.is_dir() and is_hf_folder(folder):
@@ -129,6 +131,17 @@ def open_model(
             older = candidates[place + 1].name
             warnings.warn(f"{error}; using {older} instead", stacklevel=3)
     return open_step(last, check)
+
+
+def folder_named(path: str | Path) -> Path:
+    """The local folder of a model: a path is one itself, what the hub or an object store has is
+    fetched.
+
+    Raises  CheckpointError if it is not there; StorageError.
+    """
+    if is_remote(path):
+        return local_model(str(path))
+    return hub_folder(str(path)) if is_hub_id(path) else Path(path)
 
 
 def is_model_alone(path: Path) -> bool:
@@ -174,7 +187,7 @@ def open_adapted(base: SavedModel, path: str | Path, *, check: bool = True) -> S
 
     Raises  CheckpointError if the adapter belongs to other weights, or there is none at `path`.
     """
-    folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
+    folder = folder_named(path)
     if is_peft_folder(folder):
         if check:
             check_export(folder)

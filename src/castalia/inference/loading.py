@@ -7,6 +7,7 @@ from pathlib import Path
 from castalia.core.errors import ConfigError, nearest
 from castalia.formats.export_record import hashed_beside
 from castalia.formats.folded import folded
+from castalia.formats.remote import is_remote, local_model
 from castalia.formats.saved_model import SavedModel, open_adapted, open_model
 from castalia.inference.adapted_engine import prompted
 from castalia.inference.default_engine import native_numbers
@@ -38,7 +39,9 @@ def load(
     Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder, an import's; a
             Hugging Face folder of an architecture that docs/models.md lists, with config.json,
             weights and tokenizer;
-            such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; a GPT-NeoX checkpoint
+            such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; the URL of a mirror of
+            a run, URL/step1000, or an export in an object store, such as s3://bucket/runs/first,
+            which is fetched into the cache; a GPT-NeoX checkpoint
             (`save` or its global_stepN) with its YAML files; a LLaMA folder of Meta's; a GGUF file
             of floats; a .pth file of RWKV; an export to native, ct2 or gguf.
     Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a
@@ -104,6 +107,8 @@ def loaded(
         raise ConfigError(
             f"unknown engine {engine!r}; choose one of {', '.join(menu)}{nearest(engine, menu)}"
         )
+    if is_remote(path):
+        path = str(local_model(path))
     # An export is recognized by its record: its files look like those of other formats.
     with hashed_beside():
         export = open_export(Path(path), check=verify)

@@ -1,0 +1,127 @@
+"""Models that a URL names: fetched into the cache with their hashes compared, then read there."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import castalia
+from castalia.checkpoint import read
+from castalia.checkpoint.mirror import Mirror
+from castalia.core.errors import CheckpointError
+from castalia.export import export
+from castalia.formats import remote
+from castalia.formats.remote import local_model, split_step
+from castalia.storage import ObjectStore, StorageError, objects
+
+TEXT = "The "
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of one's own."""
+    # The compiled step stays in the cache of all tests.
+    monkeypatch.setattr(remote, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture(scope="module")
+def bucket(new_bucket, four_steps, tmp_path_factory) -> str:
+    """A bucket with `run`, the mirror of a run, and `hf`, an export of it."""
+    url = new_bucket()
+    mirror = Mirror(ObjectStore(f"{url}/run"), four_steps)
+    for step in (2, 4):
+        mirror.send_step(step)
+    output = tmp_path_factory.mktemp("export") / "hf"
+    list(export(four_steps, to="hf", output=output, certificate=False))
+    store = ObjectStore(f"{url}/hf")
+    for path in output.iterdir():
+        store.write(path.name, path.read_bytes())
+    return url
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_a_step_and_an_export_are_read_as_local_ones(
+    bucket, link, four_steps, cache, command
+):
+    expected = castalia.load(four_steps).generate(TEXT, max_new_tokens=8, temperature=0)
+    weights = (four_steps / "checkpoints/step-00000004/model-00000.safetensors").stat().st_size
+    before = link.received
+    model = castalia.load(f"{bucket}/run")
+    assert model.step == 4 and model.generate(TEXT, max_new_tokens=8, temperature=0) == expected
+    # The optimizer's state, twice the weights, stays there.
+    assert weights < link.received - before < 2 * weights
+    assert not any("optim" in name for name in files(cache))
+    before = link.received
+    assert castalia.load(f"{bucket}/run").step == 4
+    assert link.received - before < weights / 4
+    for name in ("run/step2", "run@2", "run/checkpoints/step-00000002"):
+        assert castalia.load(f"{bucket}/{name}").step == 2
+    again = castalia.load(f"{bucket}/hf").generate(TEXT, max_new_tokens=8, temperature=0)
+    assert again == expected
+    options = ("--prompt", TEXT, "--temperature", 0, "--max-new-tokens", 8)
+    code, out, err = command("generate", f"{bucket}/run/step4", *options)
+    assert code == 0, err
+    assert out == command("generate", four_steps, *options)[1]
+
+
+def test_what_is_damaged_missing_or_gone(bucket, link, cache, monkeypatch):
+    name = "checkpoints/step-00000004/model-00000.safetensors"
+    store = ObjectStore(f"{bucket}/run")
+    whole = store.read(name)
+    store.write(name, whole[:-1] + bytes([whole[-1] ^ 1]))
+    said = rf"{bucket}/run/{name} is damaged: its SHA-256 is not the one of its save"
+    with pytest.warns(UserWarning, match=f"{said}; using step 2 instead"):
+        assert castalia.load(f"{bucket}/run").step == 2
+    with pytest.raises(CheckpointError, match=said):
+        castalia.load(f"{bucket}/run/step4")
+    store.write(name, whole)
+    export = ObjectStore(f"{bucket}/hf")
+    content = export.read("model.safetensors")
+    export.write("model.safetensors", content[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"hf/model.safetensors is damaged: its SHA-256"):
+        castalia.load(f"{bucket}/hf")
+    export.write("model.safetensors", content)
+    with pytest.raises(CheckpointError, match=r"step 3 is not there, .* choose one of 2, 4"):
+        castalia.load(f"{bucket}/run/step3")
+    with pytest.raises(CheckpointError, match="holds no checkpoint, run or export of Castalia"):
+        castalia.load(f"{bucket}/other")
+    # Without the server: what was fetched before, or one sentence.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert castalia.load(f"{bucket}/run").step == 4
+    monkeypatch.setattr(objects, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(objects, "LONGEST_WAIT", 0.01)
+    link.set("gone")
+    try:
+        with pytest.warns(UserWarning, match=r"does not answer .*which was fetched before"):
+            assert castalia.load(f"{bucket}/run").step == 4
+        with pytest.raises(StorageError, match="the server does not answer"):
+            castalia.load(f"{bucket}/run/step2")
+    finally:
+        link.set("open")
+
+
+def test_a_file_url_is_one_too(four_steps, cache):
+    folder = local_model(f"file://{four_steps}/checkpoints")
+    assert folder.name == "step-00000004" and folder.is_relative_to(cache)
+    ours, theirs = (read(place) for place in (folder, four_steps / "checkpoints" / folder.name))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("s3://bucket/run/step1000", ("s3://bucket/run", 1000)),
+        ("s3://bucket/run@1000", ("s3://bucket/run", 1000)),
+        ("s3://bucket/run/checkpoints/step-00001000", ("s3://bucket/run", 1000)),
+        ("s3://bucket/run", ("s3://bucket/run", None)),
+    ],
+)
+def test_which_step_a_url_names(url, parts):
+    assert split_step(url) == parts
