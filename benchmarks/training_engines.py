@@ -69,7 +69,12 @@ def answer_words(case: dict[str, Any]) -> None:
     serve(lambda: ENGINES[case["engine"]](case), words)
 
 
-OPERATORS = ("castalia::causal_attention", "castalia::causal_attention_backward")
+OPERATORS = (
+    "castalia::causal_attention",
+    "castalia::causal_attention_backward",
+    "castalia::fused_attention",
+    "castalia::fused_attention_backward",
+)
 """Names under which the profiler has the attention of Castalia on a CPU."""
 
 

@@ -10,6 +10,7 @@ FLOORS = {
     "machine": 1,  # measured once, and read by whatever chooses by speed
     "storage": 1,  # object stores by URL; under `data`, which reads ranges, and `checkpoint`
     "tokenizers": 1,  # read by `data` and by whatever has text
+    "attention": 2,  # compiled kernels; take tensors of heads, know no model
     "data": 2,
     "mixing": 2,
     "experts": 2,  # one layer and its routing; takes sizes, knows no model

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch.backends import cuda, mkl, mkldnn
 
+from castalia.attention.library import attention_library
 from castalia.data.compiled_order import order_library
 from castalia.recurrent.compiled_scan import scan_library
 
@@ -24,6 +25,9 @@ def kernel_facts() -> dict[str, str]:
         "torch": f"instructions {torch.backends.cpu.get_cpu_capability()}, libraries"
         f" {' and '.join(names)}",
         "index maps": "compiled" if order_library() else "numpy, which is slower",
+        "attention in training": "compiled"
+        if attention_library()
+        else "torch's products of blocks, which are slower",
         "scan of Mamba": "compiled" if scan_library() else "torch's operators, which are slower",
     }
     if torch.cuda.is_available():

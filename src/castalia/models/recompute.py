@@ -21,13 +21,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import castalia.models.parts.causal_attention  # noqa: F401  registers the operator named below
+import castalia.attention.fused_attention
+import castalia.models.parts.causal_attention  # noqa: F401  both register operators named below
 from castalia.models.tiles import Recompute
 
 aten = torch.ops.aten
 ours = torch.ops.castalia
 ATTENTION = {
     ours.causal_attention.default,
+    ours.fused_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,

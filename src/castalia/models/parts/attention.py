@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from castalia.attention.fused_attention import fused_attention
+from castalia.attention.library import fuses
 from castalia.models.config import TransformerConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.parts.causal_attention import causal_attention
@@ -134,14 +136,26 @@ def by_blocks(
 ) -> Tensor:
     """The CPU kernel; see `causal_attention` for the shapes. `rope` is None for rotated heads."""
     B, H, T, D = q.shape
+    cos, sin = rope or (None, None)
+    y_BTC: Tensor
+    if is_fused(q.dtype, D):
+        y_BTC = fused_attention(q, k, v, cos, sin, context.mask, starts)[0]
+        return y_BTC
     # Long rows compute their probabilities again: kept, they would grow with the square of T. The
     # bits of the results are the same either way.
     keep = torch.is_grad_enabled() and keeps_probabilities(
         B * H * T, k.shape[2], D, spares=context.spares_memory
     )
-    cos, sin = rope or (None, None)
-    y_BTC: Tensor = causal_attention(q, k, v, cos, sin, context.mask, starts, keep)[0]
+    y_BTC = causal_attention(q, k, v, cos, sin, context.mask, starts, keep)[0]
     return y_BTC
+
+
+@torch.compiler.assume_constant_result
+def is_fused(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether compiled code has these heads; the compiler of models takes the answer as given."""
+    # A rule of instructions, dtype and width alone: every rank of a run, and its resume, computes
+    # by the same kernel.
+    return fuses(str(dtype).removeprefix("torch."), head_dim)
 
 
 def biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

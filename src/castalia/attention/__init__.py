@@ -1,0 +1,1 @@
+"""Attention of training on a CPU in compiled code."""
