@@ -123,16 +123,22 @@ def test_the_object_has_all_of_it(doctor):
     assert {extra["name"] for extra in found["extras"]} == set(extras.EXTRAS)
     assert all(extra["name"] in extra["command"] for extra in found["extras"])
     assert found["cache"]["writable"] in (True, False) and found["gpus"] == []
-    assert set(found["kernels"]) == {"torch", "index maps", "scan of Mamba"}
+    assert set(found["kernels"]) == {
+        "torch",
+        "index maps",
+        "attention in training",
+        "scan of Mamba",
+    }
     assert found["kernels"]["torch"].startswith("instructions ")
 
 
 def test_without_libraries_the_kernels_are_named_as_slower(monkeypatch):
-    for name in ("order_library", "scan_library"):
+    for name in ("order_library", "scan_library", "attention_library"):
         monkeypatch.setattr(doctor_kernels, name, lambda: None)
     found = doctor_kernels.kernel_facts()
     assert found["index maps"] == "numpy, which is slower"
     assert found["scan of Mamba"].startswith("torch's operators")
+    assert found["attention in training"].startswith("torch's products of blocks")
 
 
 def test_the_extras_are_those_of_the_package():

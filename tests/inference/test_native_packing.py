@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from castalia.attention.library import attention_library
 from castalia.core import compilers, native_code
 from castalia.core.errors import ConfigError
 from castalia.core.levels import LEVELS, V3, Level, architecture, levels_here
@@ -175,6 +176,10 @@ def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
     [
         (compiled.library, "compiling the native kernels failed, so torch's are used"),
         (scan_library, "compiling the scan of Mamba failed, so the scan in torch is used"),
+        (
+            attention_library,
+            "compiling attention failed, so torch's operators are used",
+        ),
         (order_library, "compiling the shuffles of orders failed, so numpy's are used"),
     ],
 )

@@ -172,18 +172,20 @@ template <bool PAIRS> INLINE Floats multiply_add(Floats sum, Floats b, Word a) {
 // sum[r][c] += a's row r times b's vector c, for columns FROM and later and words from `from` to `to`.
 template <bool PAIRS, int R, int C, int FROM>
 INLINE void multiply(V (&sum)[R][C], const Word *a, Long a_step, const Word *b, Long b_step, Long from, Long to) {
+    Floats own[R][C][PARTS];  // a copy that nothing else refers to, or compilers keep sums in memory
+#define EACH_SUM                                                                                                       \
+    _Pragma("GCC unroll 16") for (int r = 0; r < R; r++)                                                               \
+        _Pragma("GCC unroll 8") for (int c = FROM; c < C; c++)                                                         \
+            _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; i++)
+    EACH_SUM own[r][c][i] = sum[r][c].part[i];
     for (Long k = from; k < to; k++) {
         V row[C];
 #pragma GCC unroll 8
         for (int c = FROM; c < C; c++) row[c] = load_words(b + k * b_step + c * P);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int c = FROM; c < C; c++)
-#pragma GCC unroll 4
-                for (int i = 0; i < PARTS; i++)
-                    sum[r][c].part[i] = multiply_add<PAIRS>(sum[r][c].part[i], row[c].part[i], a[r * a_step + k]);
+        EACH_SUM own[r][c][i] = multiply_add<PAIRS>(own[r][c][i], row[c].part[i], a[r * a_step + k]);
     }
+    EACH_SUM sum[r][c].part[i] = own[r][c][i];
+#undef EACH_SUM
 }
 
 // Columns may end at later words than those before them, as queries see more keys than those before them.
@@ -202,7 +204,9 @@ static void add_tile(const Word *a, Long a_step, const Word *b, Long b_step, Lon
     V sum[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = load(out + r * out_step + c * P);
-    multiply_stairs<PAIRS, R, C, 0>(sum, a, a_step, b, b_step, from, ends);
+    // Away from the diagonal all columns end together; the stairs hold sums in memory between their steps.
+    if (ends[0] == ends[C - 1]) multiply<PAIRS, R, C, 0>(sum, a, a_step, b, b_step, from, ends[0]);
+    else multiply_stairs<PAIRS, R, C, 0>(sum, a, a_step, b, b_step, from, ends);
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(out + r * out_step + c * P, sum[r][c]);
 }

@@ -22,17 +22,22 @@ def attention_library() -> ctypes.CDLL | None:
     levels = levels_here()
     if not levels or levels[0].name in SLOW_LEVELS:
         return None
-    built = native_library(SOURCE, "attention", "attention by torch's operators is used")
+    built = native_library(SOURCE, "attention", "torch's operators are used")
     if built is None:
         return None
+    return typed(built)
+
+
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions, on the threads of this process."""
     # Without types ctypes passes addresses as 32 bits.
-    pointer = ctypes.c_void_p
-    built.castalia_attention.argtypes = [pointer, ctypes.c_int] + [pointer] * 8
-    built.castalia_attention_backward.argtypes = [pointer, ctypes.c_int] + [pointer] * 9
-    built.castalia_attention.restype = None
-    built.castalia_attention_backward.restype = None
-    lend_threads(built)
-    return built
+    problem = (ctypes.c_void_p, ctypes.c_int)
+    library.castalia_attention.argtypes = [*problem, *[ctypes.c_void_p] * 8]
+    library.castalia_attention_backward.argtypes = [*problem, *[ctypes.c_void_p] * 9]
+    library.castalia_attention.restype = None
+    library.castalia_attention_backward.restype = None
+    lend_threads(library)
+    return library
 
 
 def fuses(dtype: str, head_dim: int) -> bool:

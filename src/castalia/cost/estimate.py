@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from castalia.attention.library import fuses
 from castalia.core.ranks import world_size
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
@@ -52,6 +53,8 @@ from castalia.models.flops import (
 from castalia.models.model_config import ModelConfig
 from castalia.models.tiles import QUERIES, keeps_probabilities, kind_of, logits_rows
 
+DTYPES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp16": "float16"}
+"""Dtypes of activations by precision; those of others are float32, or may be."""
 QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes of a weight in integers, with its scale: int4 has a bf16 one for 32 weights."""
 
@@ -328,9 +331,13 @@ def block_bytes(costs: Costs, size: int, device: str, degrees: Degrees) -> int:
 
 
 def probability_bytes(kept: Stored, work: Workload, layer: int, tokens: int) -> int:
-    """Attention probabilities that a CPU's kernel keeps of `tokens` of this rank."""
+    """What attention on a CPU keeps of its probabilities, of `tokens` of this rank."""
     T = work.seq_length
     queries = tokens * kept.heads
+    dtype = DTYPES.get(work.precision, "float32")
+    # The compiled kernel keeps one number of each query, whatever T is.
+    if queries and fuses(dtype, kept.head_dim):
+        return 4 * queries
     spares = bool(kind_of(work.recompute, layer))
     if not keeps_probabilities(queries, T, kept.head_dim, spares=spares):
         return 0

@@ -150,7 +150,7 @@ def by_blocks(
     return y_BTC
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_fused(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether compiled code has these heads; the compiler of models takes the answer as given."""
     # A rule of instructions, dtype and width alone: every rank of a run, and its resume, computes

@@ -1,4 +1,5 @@
-"""Causal attention for training on a CPU: a custom operator that works by blocks of queries.
+"""Causal attention for training on a CPU: a custom operator that works by blocks of queries, where
+castalia.attention has no compiled code.
 
 PyTorch's CPU kernel for scaled_dot_product_attention computes its tiles with small products and
 spends most of a small model's step in its backward; whole-block products and softmax are three
