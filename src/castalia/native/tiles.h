@@ -2,6 +2,9 @@
 // and sums in 32 bits, bfmmla 4 bfloat16 numbers in float32. It takes 8 bytes of one channel, then 8 of the next: two
 // cells of a panel that follow each other, zipped. A permutation costs as much as a product, so panels are zipped once
 // for all rows, and used for more rows than share a pass without that.
+//
+// Cycles of the inner loops for 8 inputs and 4 rows of a panel, by llvm-mca 19's models of Neoverse V1, V2 and N2:
+// smmla 4.6, 4.6, 9.1 and sdot 10.1, 10.1, 20.1; bfmmla 20, 18, 36 and fmla 53, 54, 108. Not measured on a processor.
 
 #pragma once
 #include "dot.h"
@@ -85,10 +88,9 @@ template <int M> static void tiles_bf16(const Integers *w, const Input &in, int6
     const int64_t bytes = 2 * padded(in.k);
     const int8_t *x = in.q + first * 2 * bytes;
     Tiles<V, M> sum = {};
-    for (int64_t i = 0; i < bytes; i += 8, w += STEP) {
-        sum.add(w, x + i, 2 * bytes);
-        sum.add(w, x + bytes + i, 2 * bytes);
-    }
+    // One term after the other: products that follow each other need sums of their own, or they wait.
+    for (int term = 0; term < 2; term++)
+        for (int64_t i = 0; i < bytes; i += 8) sum.add(w + i / 8 * STEP, x + term * bytes + i, 2 * bytes);
     for (int m = 0; m < M; m++) out[m] = sum.row(m);
 }
 
