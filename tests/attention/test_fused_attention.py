@@ -126,9 +126,9 @@ def fused(shape: Shape, inputs: Inputs) -> Callable[..., Tensor]:
     return lambda q, k, v: fused_attention(q, k, v, cos, sin, inputs.mask, list(shape.starts))[0]
 
 
-def require_near(shape: Shape, dtype: torch.dtype) -> None:
+def require_near(shape: Shape, dtype: torch.dtype, inputs: Inputs | None = None) -> None:
     """Within the rounding of a dtype."""
-    inputs = draw(shape, dtype)
+    inputs = inputs or draw(shape, dtype)
     exact = results(definition(shape, inputs), inputs, torch.float64)
     ours = results(fused(shape, inputs), inputs, dtype)
     for one, true in zip(ours, exact, strict=True):
@@ -215,6 +215,15 @@ def test_nan_is_seen_by_later_queries_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
+def test_a_window_of_keys_is_one_mask_for_all_rows(dtype: torch.dtype) -> None:
+    """Blocks that lie behind the window of all queries are not computed."""
+    shape = Shape(2, 2, 1, 500, 32)
+    distance = torch.arange(500)[:, None] - torch.arange(500)
+    windowed = draw(shape, dtype)._replace(mask=((distance >= 0) & (distance < 90))[None, None])
+    require_near(shape, dtype, windowed)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
 def test_a_query_that_sees_nothing_gets_and_gives_nothing(dtype: torch.dtype) -> None:
     """A mask that hides a whole document of padding, and what is between two documents."""
     shape = Shape(1, 2, 2, 400, 32)
@@ -273,5 +282,7 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
         fused_attention(q, q, q, None, None, None, [4])
     with pytest.raises(ValueError, match="attention got mask of shape"):
         fused_attention(q, q, q, None, None, torch.ones(8, 8, dtype=torch.bool), [0])
+    with pytest.raises(ValueError, match="attention of 1 rows got masks of 2"):
+        fused_attention(q, q, q, None, None, torch.ones(2, 1, 8, 8, dtype=torch.bool), [0])
     with pytest.raises(ValueError, match="got a rotation of shape"):
         fused_attention(q, q, q, *torch.zeros(2, 1, 1, 8, 20), None, [0])

@@ -96,8 +96,11 @@ class Arguments:
         if mask is None:
             return
         problem = self.problem
-        require("mask", mask, (problem.B, 1, problem.T, problem.keys), torch.bool)
-        self.mask = rowwise(mask)
+        require("mask", mask, (len(mask), 1, problem.T, problem.keys), torch.bool)
+        if len(mask) not in (1, problem.B):
+            raise ValueError(f"attention of {problem.B} rows got masks of {len(mask)}")
+        # A window of keys is the same in every row.
+        self.mask = rowwise(mask).expand(problem.B, -1, -1, -1)
         problem.mask = self.mask.data_ptr()
         problem.mask_step = (ctypes.c_longlong * 2)(self.mask.stride(0), self.mask.stride(2))
 
@@ -142,8 +145,8 @@ def fused_attention(
     q, k, v   (B, H, T, D) and twice (B, K, keys, D), H a multiple of K; views will do.
     cos, sin  as in castalia.models.parts.rotary.Rope; None where q and k are rotated already, and
               keys may exceed T.
-    mask      bool (B, 1, T, keys), True where a query may see a key, never a later one; None is
-              causal. A query that sees no key has y = 0.
+    mask      bool (1 or B, 1, T, keys), True where a query may see a key, never a later one; None
+              is causal. A query that sees no key has y = 0.
     starts    position in the row where each equal chunk of T begins, [0] for whole rows.
     Returns   y (B, T, H * D), and for the backward the rotated q, k, v, contiguous, and for each
               query log2 of the sum of its softmax, (B, H, T) fp32.

@@ -192,8 +192,8 @@ def causal_attention(
 
     q, k, v   (B, H, T, D) and twice (B, K, keys, D), H a multiple of K; views will do.
     cos, sin  as in `Rope`; None where q and k are rotated already, and keys may exceed T.
-    mask      bool (B, 1, T, keys), True where a query may see a key, never a later one; None is
-              causal.
+    mask      bool (1 or B, 1, T, keys), True where a query may see a key, never a later one; None
+              is causal.
     starts    position in the row where each equal chunk of T begins, [0] for whole rows.
     keep      return the probabilities, so that the backward need not compute them again.
     Returns   y (B, T, H * D), and for the backward the rotated q (B, K, T, G, D), k, v and all
