@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.flex import by_lists
 from tests.gpu.conftest import Gpu
 from tests.models.test_families import OPTIONS, TRANSFORMERS
 from tests.models.test_hybrids import ALL, FAMILY, SECTIONS
@@ -15,6 +16,7 @@ from torch import Tensor
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import FAMILIES, Decoder, build_model_config
 from castalia.models.init import start_weights
+from castalia.models.parts import flex, masks
 from castalia.models.parts.dropout import row_draws
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "vocab_size": 61}
@@ -135,6 +137,20 @@ def test_documents_and_their_positions(name: str, gpu: Gpu) -> None:
     segments = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 4 + [2] * 5])
     positions = torch.tensor([[*range(5), *range(7)], [*range(3), *range(4), *range(5)]])
     train_alike(built(MODELS[name]), gpu, segments=segments, positions=positions)
+
+
+@pytest.mark.parametrize("name", ["family neox", "grouped", "window", "pattern"])
+def test_documents_by_flex_attention(name: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not gpu.real:
+        monkeypatch.setattr(flex, "kernel", lambda: by_lists)
+    # No T × T mask on a GPU. The CPU has its own kernel, and such a mask.
+    dense = masks.segment_mask
+    monkeypatch.setattr(masks, "segment_mask", lambda s, share: None if s.is_cuda else dense(s))
+    model = built({**MODELS[name], "attention_head_dim": 16})
+    model.flex = True
+    model.recompute = "selective"
+    segments = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 4 + [2] * 5])
+    train_alike(model, gpu, segments=segments)
 
 
 @pytest.mark.parametrize("recompute", [False, True, "selective"])

@@ -7,11 +7,16 @@ import torch
 from tests.gpu.conftest import Gpu
 from tests.gpu.test_models import OPTIONS, built, train_alike
 from tests.gpu.test_training import SMALL, Run, home, run, same_runs  # noqa: F401  fixtures
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from castalia.models.offload import Offload
+from castalia.models.parts.flex import attend_in_blocks, block_mask
+from castalia.models.parts.masks import segment_mask
 
 pytestmark = pytest.mark.gpu
+FLEX = "data.document_mask=documents train.document_attention=flex model.hidden_size=64"
 
 
 @pytest.fixture
@@ -28,6 +33,9 @@ def gpu() -> Gpu:
         "train.compile=true",
         "train.compile=true precision=bf16 train.recompute=selective",
         "train.compile=true data.document_mask=documents",
+        f"{FLEX} train.compile=true",
+        f"{FLEX} train.compile=true precision=bf16 train.recompute=selective",
+        f"{FLEX} precision=bf16 train.recompute=true",
     ],
 )
 def test_a_compiled_run(words: str, home: Path, run: Run, gpu: Gpu) -> None:  # noqa: F811
@@ -50,6 +58,45 @@ def test_each_kernel_of_attention(kernel: SDPBackend, gpu: Gpu) -> None:
     here = built({})
     expected = here.head(here(torch.arange(12)[None]))
     gpu.same(logits, expected.detach(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_flex_attention_of_a_long_row(dtype: torch.dtype, window: int | None, gpu: Gpu) -> None:
+    T = 16384
+    lengths = [1, 5000, 128, 3, 6000, 40]
+    numbers = torch.arange(len(lengths) + 1)
+    behind = T - sum(lengths)
+    segments = numbers.repeat_interleave(torch.tensor([*lengths, behind])).to(gpu.device)[None]
+
+    def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_in_blocks(q, k, v, block_mask(segments, window), None)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        near = torch.ones(T, T, dtype=torch.bool, device=gpu.device).triu(1 - (window or T))
+        mask = segment_mask(segments) & near
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+    draw = torch.Generator().manual_seed(1)
+    heads = [torch.randn(1, H, T, 64, generator=draw) for H in (4, 2, 2)]
+    results = []
+    for attend, kind in ((in_blocks, dtype), (dense, torch.float32)):
+        # Rounded alike; the second passes have compiled code.
+        given = [x.to(dtype).to(gpu.device, kind).requires_grad_() for x in heads]
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            y = attend(*given)
+            gradients = torch.autograd.grad(y.float().square().sum(), given)
+            peak = torch.cuda.max_memory_allocated() - before
+        results.append((peak, y, *gradients))
+    (ours, *found), (theirs, *expected) = results
+    # A mask of bytes alone would be larger.
+    assert ours < T * T < theirs
+    for one, other in zip(found, expected, strict=True):
+        room = 0.01 if dtype is torch.bfloat16 else 1e-3
+        assert (one.float() - other).norm() < room * other.norm()
 
 
 @pytest.mark.parametrize("name", ["grouped", "alibi", "window"])

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.fixtures.flex import by_lists
 from tests.gpu.conftest import Gpu
 from tests.optim.test_members import KINDS as OPTIMIZERS
 from tests.optim.test_members import NO_DECAY, config_of, gradients, tiny
@@ -16,9 +17,12 @@ from tests.rollouts import rewarding
 from tests.seams.preferences import SMALL as PAIRS
 from tests.seams.preferences import words_of, write_rows
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from castalia.checkpoint import Store, read
+from castalia.core.errors import ConfigError
 from castalia.losses import LOSSES
+from castalia.models.parts import flex
 from castalia.optim import Rules
 from castalia.optim.updater import Updater
 from castalia.recipes import load_config
@@ -135,6 +139,35 @@ def test_a_variant(variant: str, home: Path, run: Run, gpu: Gpu) -> None:
         words = (*words, f"model.start={home / 'base'}")
     low = "precision" in VARIANTS[variant]
     same_runs(run, gpu, *words, apart=0.2 if low else 0.02)
+
+
+def test_documents_by_flex_attention(
+    home: Path, run: Run, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def counted(*heads: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return kernel(*heads, **options)
+
+    kernel = flex.kernel() if gpu.real else by_lists
+    monkeypatch.setattr(flex, "kernel", lambda: counted)
+    words = (*SMALL, f"data.train={home / 'text'}", "data.document_mask=documents")
+    same_runs(run, gpu, *words, "train.document_attention=flex", "model.hidden_size=64")
+    # Once before the model is built, then in each of four micro-batches, on the GPU alone.
+    assert len(calls) == 5
+
+
+def test_a_kernel_with_other_numbers_is_refused(
+    home: Path, run: Run, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_documents(*heads: Tensor, **options: Any) -> Tensor:
+        return scaled_dot_product_attention(*heads, is_causal=True)
+
+    monkeypatch.setattr(flex, "kernel", lambda: all_documents)
+    words = (*SMALL, f"data.train={home / 'text'}", "data.document_mask=documents")
+    with pytest.raises(ConfigError, match=r"on cuda:0: its numbers are \d+% off; set train"):
+        run("cuda", *words, "train.document_attention=flex", "model.hidden_size=64")
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -37,6 +37,7 @@ FREE_KEYS = {
     "train.exit_every",
     "train.micro_batch_size",
     "train.compile",
+    "train.document_attention",
     "train.recompute",
     "train.offload_activations",
     "train.log_every",

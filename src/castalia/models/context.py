@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from castalia.models.parts.dropout import Draws
 from castalia.models.parts.rotary import Rope
@@ -94,6 +95,11 @@ class Context(NamedTuple):
     never a later one. None means plain causal attention."""
     masks: Mapping[str, Tensor | None] | None = None
     """The masks of layers by their kind of attention, where not all are alike."""
+    block_mask: BlockMask | None = None
+    """In place of `mask`, where FlexAttention tells documents apart; each block gets that of its
+    kind of attention."""
+    block_masks: Mapping[str, BlockMask] | None = None
+    """Those of all kinds."""
     bias: Tensor | None = None
     """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks
     `heads` which heads are here."""

@@ -17,6 +17,7 @@ from castalia.models.context import Context, HeadShare, RowShare, VocabShare
 from castalia.models.families import family_of
 from castalia.models.model_config import ModelConfig
 from castalia.models.parts.dropout import EMBEDDING, Draws, drop_hidden
+from castalia.models.parts.flex import block_masks
 from castalia.models.parts.masks import row_positions
 from castalia.models.parts.mixture import make_ledger
 from castalia.models.score import scores_of
@@ -63,6 +64,8 @@ class Decoder(nn.Module):
         self.vocab_part: VocabShare | None = None
         self.row_share: RowShare | None = None
         self.head_share: tuple[Any, ...] = ()
+        # Set by castalia.train, which knows that nothing but documents and windows hides a key.
+        self.flex = False
         if self.span.first or (self.span.last and config.tied_head):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         # Set by castalia.adapters: vectors in place of those of the first tokens of a row.
@@ -254,6 +257,10 @@ class Decoder(nn.Module):
             share=self.row_share,
             heads=HeadShare(*self.head_share),
         )
+        # FlexAttention has no backward pass on a CPU, where our own kernel skips hidden blocks.
+        if self.flex and segments is not None and segments.is_cuda:
+            assert isinstance(self.config, TransformerConfig)
+            context = context._replace(block_masks=block_masks(self.config, segments))
         context = self.family.complete(self.config, context, state)
         if self.position_bias is not None:
             context = context._replace(bias=self.position_bias(context, state))

@@ -30,12 +30,13 @@ ours = torch.ops.castalia
 ATTENTION = {
     ours.causal_attention.default,
     ours.fused_attention.default,
+    torch.ops.higher_order.flex_attention,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-"""Operators whose results "selective" keeps: ours, and the kernels behind torch's function."""
+"""Operators whose results "selective" keeps: ours, and the kernels behind torch's functions."""
 PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}
 """Matrix products, and which argument is the (in, out) matrix."""
 

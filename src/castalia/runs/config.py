@@ -39,6 +39,7 @@ from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_ru
 from castalia.optim.base import ITEM_BYTES, same
 from castalia.optim.loss_scale import LossScaleConfig
 from castalia.optim.schedule import ScheduleConfig, rate_problems
+from castalia.runs.document_attention import document_attention_problems
 from castalia.runs.precision_config import Gradients, Parameters, precision_problems
 from castalia.runs.problems import (
     adapter_problems,
@@ -103,6 +104,10 @@ class TrainConfig(Config):
     until the batch is full], as Megatron's rampup_batch_size."""
     compile: Annotated[bool, AT_RESUME] = False
     """torch.compile each block and the loss."""
+    document_attention: Annotated[Literal["dense", "flex"], AT_RESUME] = "dense"
+    """How a GPU keeps the documents of data.document_mask apart: dense, torch's attention under a
+    mask of seq_length × seq_length for each row; flex, FlexAttention, which skips hidden blocks and
+    needs no such mask, compiled at the start. A CPU has its own kernel."""
     recompute: Annotated[bool | Literal["full", "selective"] | PositiveInt, AT_RESUME] = False
     """Activations that blocks recompute in the backward pass instead of storing them: true or full,
     all but their input; selective, all but attention and the widest product; n, all in every n-th
@@ -236,6 +241,7 @@ class RunConfig(Config):
         problems += curriculum_problems(self)
         problems += ramp_problems(self)
         problems += statistics_problems(self)
+        problems += document_attention_problems(self)
         if problems:
             raise ProblemsError(problems)
         return self

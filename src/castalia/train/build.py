@@ -18,13 +18,15 @@ from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
+from castalia.models.config import TransformerConfig
 from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.optim import OPTIMIZERS, OptimConfig, Rules
 from castalia.optim.updater import freeze
 from castalia.runs.config import RunConfig
 from castalia.tokenizers.tokenizer import load_tokenizer
-from castalia.train.precision import gather_policy
+from castalia.train.document_attention import require_flex
+from castalia.train.precision import DTYPES, gather_policy
 from castalia.train.start import StartWeights
 
 
@@ -75,6 +77,9 @@ def build_model(
         if config.precision == "fp8":
             require_fp8(whole, config.fp8, world.device)
         whole = adapt(whole, config.adapter)
+    if config.train.document_attention == "flex" and world.device.type == "cuda":
+        assert isinstance(config.model, TransformerConfig)
+        require_flex(config.model, world.device, DTYPES[config.precision])
     rules.require_matches(name for name, _ in whole.named_parameters())
     # On the meta device first: no rank ever holds the whole model.
     stages = []
@@ -118,6 +123,7 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
                 stage.to(torch.bfloat16)
         # Before parallelize, which compiles the blocks as they then are.
         stage.recompute = config.train.recompute
+        stage.flex = config.train.document_attention == "flex"
         stages.append(stage)
     return stages
 

@@ -299,6 +299,9 @@ def trimmed_multiple(config: RunConfig, world: World) -> int | None:
     # needs whole blocks.
     if degrees.pp > 1 or degrees.cp > 1 or config.train.compile or config.model.drops:
         return None
+    # Its kernel is compiled for each length, too.
+    if config.train.document_attention == "flex":
+        return None
     # Experts are balanced over all tokens of a row, whose padding another micro-batch would cut
     # elsewhere.
     if config.model.expert_layers:

@@ -104,6 +104,8 @@ class Transformer(Family):
             context = context._replace(rope=rope_tables(config, context.positions, length))
         if config.pos_emb == "alibi":
             context = context._replace(bias=alibi_bias(config, context, past))
+        if context.block_masks is not None:
+            return context
         seen = visible_keys(context, past)
         kinds = config.layer_kinds
         masks: dict[str, Tensor | None] = {

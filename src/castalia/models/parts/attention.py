@@ -17,6 +17,7 @@ from castalia.models.config import TransformerConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.parts.causal_attention import causal_attention
 from castalia.models.parts.dropout import Draws, drop_probabilities, project
+from castalia.models.parts.flex import attend_in_blocks
 from castalia.models.parts.norms import make_head_norm
 from castalia.models.parts.rotary import Rope, rotate, rotate_heads
 from castalia.models.state import KVCache
@@ -35,6 +36,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         return attend_plainly(q, k, v, context, context.draws)
     if context.share is not None:
         return attend_shared(q, k, v, context, context.share)
+    if context.block_mask is not None:
+        return attend_in_blocks(q, k, v, context.block_mask, context.rope)
     # Our kernel is for training on a CPU. It has no place for a bias, whose gradient would need the
     # whole matrix of scores, or a mask of each head, and single queries of generation have nothing
     # to skip.

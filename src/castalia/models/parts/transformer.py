@@ -50,6 +50,8 @@ class TransformerBlock(Block):
         """(B, T, C) -> (B, T, C)."""
         if context.masks is not None:
             context = context._replace(mask=context.masks[self.kind])
+        if context.block_masks is not None:
+            context = context._replace(block_mask=context.block_masks[self.kind])
         if self.after:
             return self.norms_after(x_BTC, context)
         normed_BTC: Tensor = self.norm1(x_BTC)
