@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from castalia.core import levels
+from castalia.core.compilers import options
 from castalia.core.errors import ConfigError
 from castalia.core.levels import LEVELS, levels_here
 
@@ -51,6 +52,13 @@ def test_amx_and_sve_are_named_and_run_the_code_of_the_level_below(
         pretend(monkeypatch, architecture, LEVELS[architecture][-1].needs)
         assert levels_here()[0].name == named
         assert next(level.name for level in levels_here() if level.has_code) == code
+
+
+def test_zig_gets_the_instructions_of_arm_as_features_of_a_processor() -> None:
+    flags = {"neon": "v8a", "dotprod": "v8_2a+dotprod", "i8mm": "v8_2a+dotprod+i8mm+bf16"}
+    for level in LEVELS["aarch64"][:3]:
+        assert f"-mcpu=generic+{flags[level.name]}" in options(("zig", "c++"), level)
+        assert set(level.flags) < set(options(("g++",), level))
 
 
 def auxv(*pairs: tuple[int, int]) -> bytes:

@@ -77,6 +77,18 @@ def version_of(compiler: tuple[str, ...]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def zig_option(option: str) -> str:
+    """An option as zig takes it, which knows no architecture of ARM, but features of processors:
+    -march=armv8.2-a+dotprod is -mcpu=generic+v8_2a+dotprod.
+    """
+    prefix = "-march=arm"
+    if not option.startswith(prefix):
+        return option
+    version, *features = option.removeprefix(prefix).split("+")
+    version = version.replace(".", "_").replace("-", "")
+    return "-mcpu=" + "+".join(("generic", version, *features))
+
+
 def options(compiler: tuple[str, ...], level: Level) -> list[str]:
     """All options of a build but the names of files."""
     chosen = [*FLAGS, *level.flags, f'-DCASTALIA_LEVEL="{level.name}"']
@@ -85,6 +97,7 @@ def options(compiler: tuple[str, ...], level: Level) -> list[str]:
         # g++ names its own library, of which nothing is used.
         chosen.append("-Wl,--as-needed")
     if is_zig(compiler):
+        chosen = [zig_option(option) for option in chosen]
         chosen.append("-nostdlib++")
         # Zig compiles for this processor where no target is named, whatever the flags say.
         machine = platform.machine()
