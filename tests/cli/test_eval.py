@@ -283,7 +283,12 @@ def places(
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ("{run}", 2, "no tasks: eval.tasks is empty in the config of {run}; give --tasks NAME"),
+        (
+            "{run}",
+            2,
+            "no tasks: eval.tasks is empty in the config of {run}; give --tasks NAME",
+        ),
+        ("{run}", 2, "with tasks of lm-evaluation-harness, such as lambada_openai, piqa, arc_easy"),
         ("{hf} --tasks bits_per_byte", 2, "names no held-out text; give --held-out NAME=PREFIX"),
         ("{hf}", 2, "no tasks: a model without a run has no config that names them"),
         ("{run} --tasks lambda_local --include {tasks}", 2, "did you mean 'lambada_local'?"),

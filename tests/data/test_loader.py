@@ -4,6 +4,7 @@ import gc
 import itertools
 import re
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from castalia.core.errors import ConfigError, DataError
 from castalia.curate.resharding import shard
 from castalia.data import DataConfig, IndexedDatasetWriter, StepLoader, build_rows
+from castalia.data import loader as loader_of_steps
 from castalia.train.progress import rows_hash
 
 BATCH = 12
@@ -167,6 +169,27 @@ def test_the_thread_ends_with_the_iterator(rows):
     del forgotten
     gc.collect()
     assert threads() == []
+
+
+def test_a_read_that_hangs_does_not_hold_the_end(rows, monkeypatch, capsys):
+    monkeypatch.setattr(loader_of_steps, "PATIENCE", 0.1)
+    loader = StepLoader(rows, batch_size=BATCH)
+    read = type(loader.reader).read
+    answer = threading.Event()
+
+    def hangs(step):
+        if step == 1:
+            answer.wait(60)
+        return read(loader.reader, step)
+
+    object.__setattr__(loader.reader, "read", hangs)
+    batches = iter(loader)
+    next(batches)
+    begun = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begun < 30
+    assert "the thread that reads ahead did not end within" in capsys.readouterr().err
+    answer.set()
 
 
 def test_the_thread_reads_a_step_ahead_and_no_further(rows):

@@ -18,6 +18,8 @@ from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Event
 from typing import Any, Generic, TypeVar
 
+from castalia.core.background import leave_behind
+
 S = TypeVar("S")
 R = TypeVar("R")
 
@@ -46,10 +48,20 @@ class WorkerPool(ProcessPoolExecutor):
     Workers ignore the signals that ask a job to end: a Ctrl-C reaches every process of the
     terminal, and a scheduler's SIGTERM every process of the job, but only the parent decides what
     they mean. Workers exit when the parent does, even if it is killed.
+    With `patience`, the end of the pool waits so many seconds for what is running, and kills the
+    workers then.
     Raises  the error of pickling `state`, if it cannot be pickled.
     """
 
-    def __init__(self, workers: int, begin: Callable[[S], object], state: S) -> None:
+    def __init__(
+        self,
+        workers: int,
+        begin: Callable[[S], object],
+        state: S,
+        *,
+        patience: float | None = None,
+    ) -> None:
+        self.patience = patience
         # Spawned, not forked: the threads of torch and tokenizers do not survive a fork.
         spawn = Spawning()
         self.began = spawn.Event()
@@ -66,6 +78,24 @@ class WorkerPool(ProcessPoolExecutor):
             " imports the main script, so a script not run by `castalia` must do its work under"
             ' `if __name__ == "__main__":`'
         )
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As of every executor; see `patience`."""
+        if self.patience is None or not wait:
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            return
+        timer = threading.Timer(self.patience, self.give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            super().shutdown(cancel_futures=cancel_futures)
+        finally:
+            timer.cancel()
+
+    def give_up(self) -> None:
+        """Kill the workers, and say so."""
+        self.kill()
+        leave_behind("a worker process")
 
     def kill(self) -> None:
         """End the workers at once, whatever they do: on a request to stop nobody waits longer."""

@@ -5,13 +5,13 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 
 import torch
 
+from castalia.core.background import PATIENCE, Background, leave_behind
 from castalia.core.errors import DataError
 from castalia.core.workers import WorkerPool, in_order
 from castalia.data.batch import Batch
@@ -114,7 +114,7 @@ class StepLoader:
         elif self.plans is not None:
             # One thread reads ahead. Plans are drawn by the thread that takes the steps, which
             # knows the losses.
-            pool = ThreadPoolExecutor(1, "data")
+            pool = Background(1, "data")
             steps = in_order(pool, self.reader.read, self.tasks(), 1 + AHEAD)
         else:
             steps = read_in_thread(self.reader, self.start_step)
@@ -192,7 +192,7 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None, prompt_weight: float = 0
 
 def read_in_processes(reader: StepReader, tasks: Iterator[ReadTask | None], workers: int) -> Steps:
     """Steps in the order of `tasks`, read by `workers` processes that closing the iterator ends."""
-    pool = WorkerPool(workers, start_worker, reader)
+    pool = WorkerPool(workers, start_worker, reader, patience=PATIENCE)
     try:
         yield from in_order(pool, read_in_worker, tasks, workers + AHEAD)
     except BrokenProcessPool as error:
@@ -218,7 +218,9 @@ def read_in_thread(reader: StepReader, start: int) -> Steps:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(PATIENCE)
+        if thread.is_alive():
+            leave_behind("the thread that reads ahead")
 
 
 def fill(

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from castalia.core.background import Background
 from castalia.core.errors import CastaliaError
 from castalia.core.files import cannot_write
 from castalia.core.sealed import Seal
-from castalia.storage.background import Background
 from castalia.storage.faults import StorageError, fault_of
 from castalia.storage.throttle import Throttle
 from castalia.storage.urls import file_system, problem_of_url, protocol_of

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from castalia.core.background import Background
 from castalia.core.files import cannot_write
-from castalia.storage.background import Background
 from castalia.storage.faults import StorageError
 from castalia.storage.objects import Facts, ObjectStore
 

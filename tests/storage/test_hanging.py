@@ -1,4 +1,4 @@
-"""Fetches in daemon threads: in order, after a fork, and no burden for the end of a process."""
+"""What reads in the background: in order, after a fork, and no burden for the end of a process."""
 
 import os
 import subprocess
@@ -9,8 +9,10 @@ import time
 import pytest
 from tests.storage.server import Link
 
+from castalia.core import background
+from castalia.core.background import Background
+from castalia.core.workers import WorkerPool
 from castalia.storage import ObjectStore, StorageError
-from castalia.storage.background import Background
 from castalia.storage.objects import RANGE_BYTES
 
 HANGS = """
@@ -46,7 +48,7 @@ def test_results_errors_and_a_fork():
 
 
 def test_threads_without_work_end(monkeypatch):
-    monkeypatch.setattr("castalia.storage.background.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("castalia.core.background.IDLE_SECONDS", 0.01)
     pool = Background(4, "short")
     assert [pool.submit(abs, -1).result(10) for _ in range(3)] == [1, 1, 1]
     end = time.monotonic() + 10
@@ -54,6 +56,35 @@ def test_threads_without_work_end(monkeypatch):
         time.sleep(0.01)
     assert (pool.started, pool.idle) == (0, 0)
     assert pool.submit(abs, -2).result(10) == 2
+
+
+def test_a_shutdown_waits_for_so_long_and_says_what_it_leaves(monkeypatch, capsys):
+    monkeypatch.setattr(background, "PATIENCE", 0.1)
+    pool = Background(1, "reading ahead")
+    gate = threading.Event()
+    running = pool.submit(gate.wait, 60)
+    queued = pool.submit(abs, -1)
+    while not running.running():
+        time.sleep(0.01)
+    pool.shutdown(cancel_futures=True)
+    assert queued.cancelled()
+    assert "castalia: reading ahead did not end within 0.1 s" in capsys.readouterr().err
+    gate.set()
+    assert running.result(10)
+    pool.shutdown(cancel_futures=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_workers_that_hang_are_killed_at_the_end(capsys):
+    pool = WorkerPool(1, abs, -1, patience=0.2)
+    assert pool.submit(abs, -3).result(60) == 3
+    stuck = pool.submit(time.sleep, 60)
+    while not stuck.running():
+        time.sleep(0.01)
+    begun = time.monotonic()
+    pool.shutdown(cancel_futures=True)
+    assert time.monotonic() - begun < 30
+    assert "a worker process did not end within" in capsys.readouterr().err
 
 
 def test_a_process_ends_though_its_fetches_hang(tmp_path):
