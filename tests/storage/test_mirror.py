@@ -537,6 +537,22 @@ def test_verify_goes_on_after_a_manifest_that_is_missing(whole, tmp_path):
     assert any("step-00000006/" in one.path for one in checked.files)
 
 
+def test_two_ranks_have_one_mirror(tokens, training_shell, tmp_path):
+    url = f"file://{tmp_path}/mirror"
+    output = tmp_path / "run"
+    words = [*SMALL, f"data.train={tokens}", f"checkpoint.mirror={url}", f"output={output}"]
+    words.append("checkpoint.keep=1")
+    done = training_shell.castalia(["train", *words], 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"checkpoint.mirror: {url} has step 2, 4, 6") == 1
+    # The leading rank finds its files whole, the other one does not: both resume from the copy.
+    flip(output / "checkpoints/step-00000006/optim-00001.safetensors")
+    done = training_shell.castalia(["train", *words], 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"fetched step 6 from {url}: all checkpoints here are damaged") == 1
+    assert "step-00000006, read in" in done.stdout
+
+
 def test_which_files_are_logs(tmp_path):
     for name in ("metrics.jsonl", "samples/step2.json", ".claim", "exports/a", "data/text.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -76,10 +76,11 @@ def test_rows_are_those_of_the_file_and_few_bytes_are_read(link, remote, local, 
 def test_a_run_reads_the_same_rows(remote, local, tmp_path, link, capsys):
     numbers = []
     prints = []
-    for name, prefix in (("here", str(local)), ("there", remote)):
+    runs = (("here", local, 0), ("there", remote, 0), ("workers", remote, 2))
+    for name, prefix, workers in runs:
         words = ["debug", "model.num_layers=1", "model.hidden_size=32", "data.seq_length=16"]
         words += ["train.batch_size=4", "train.steps=3", "checkpoint.steps=[]"]
-        words += [f"data.train={prefix}", f"output={tmp_path / name}"]
+        words += [f"data.train={prefix}", f"output={tmp_path / name}", f"data.workers={workers}"]
         run(load_config(words), ["castalia", "train", *words])
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         numbers.append(
@@ -87,7 +88,7 @@ def test_a_run_reads_the_same_rows(remote, local, tmp_path, link, capsys):
         )
         state = tmp_path / name / "checkpoints/step-00000003/state.json"
         prints.append(json.loads(state.read_text())["data"])
-    assert numbers[0] == numbers[1] and prints[0] == prints[1]
+    assert numbers[0] == numbers[1] == numbers[2] and prints[0] == prints[1] == prints[2]
     # The config keeps the URL, so that another machine reads the same.
     assert remote in (tmp_path / "there" / "config.yaml").read_text()
 
