@@ -402,6 +402,11 @@ def test_a_start_on_another_machine_is_watched(tmp_path, monkeypatch):
     second.check(said.append)
     assert len(said) == 1
     second.take()
+    # Started anew in the same folder, on whatever machine: the folder is claimed.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(owner, "boot_of_machine", lambda: "a third machine")
+        Owner(Mirror(ObjectStore(store.url), tmp_path / "second")).check(said.append)
+    assert len(said) == 1
     # It was only cut off: it notices, and stops.
     first.is_taken = True
     end = time.monotonic() + 10

@@ -130,10 +130,10 @@ class Mirroring:
 
     def leave(self) -> None:
         """Say on the mirror that this start sends nothing more."""
-        if self.owner is not None and self.owner.is_taken:
-            # Else a start elsewhere waits for a sign of life, which does no harm.
+        if self.owner is not None:
+            # Where this fails, a start elsewhere waits for a sign of life, which does no harm.
             with suppress(StorageError):
-                self.owner.write(ended=True)
+                self.owner.release()
 
     def give_up(self, reason: str) -> None:
         """Send nothing more: the mirror is another start's by now."""

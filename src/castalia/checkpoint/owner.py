@@ -1,7 +1,7 @@
 """`Owner`: which run a mirror is of, and which start of that run sends to it now.
 
 URL/.mirror/owner.json   the run; where its last start is, its signs of life, and whether it ended
-RUN/.mirror.json         the run, and an owner.json whose start was found to have ended
+RUN/.mirror.json         the run, its last start, and an owner.json whose start has ended
 
 Two runs that send to one URL would mix their steps and logs. A start elsewhere, after a machine was
 lost, is the same run: it takes the mirror over once the earlier start gives no sign of life.
@@ -47,6 +47,8 @@ class Owner:
         self.session = uuid.uuid4().hex
         self.beat = 0
         self.is_taken = False
+        self.lock = threading.Lock()
+        """Held for each sign of life, so that none comes after the end."""
 
     def check(self, say: Callable[[str], object]) -> None:
         """Find out whether this run may send to the mirror; an empty run folder becomes the run
@@ -60,7 +62,8 @@ class Owner:
         own = known.get("run")
         run = own or uuid.uuid4().hex
         if there and there.get("session") != self.session:
-            if there != known.get("ended") and self.is_alive(there, say):
+            is_known = there == known.get("ended") or self.is_of_folder(there, known)
+            if not is_known and self.is_alive(there, say):
                 raise ConfigError(
                     f"checkpoint.mirror: {self.mirror.store.url} is the mirror of the run in"
                     f" {place_of(there)}, which sends to it now; stop that run, or choose another"
@@ -76,6 +79,12 @@ class Owner:
                     " to continue that run"
                 )
         write_json(self.local, {"run": run, "ended": there})
+
+    def is_of_folder(self, there: dict[str, Any], known: dict[str, Any]) -> bool:
+        """Whether the record is of the last start in this very folder, on whatever machine: it has
+        ended, since this process has claimed the folder."""
+        is_here = there.get("folder") == str(self.mirror.folder.absolute())
+        return is_here and there.get("session") == known.get("session")
 
     def is_alive(self, there: dict[str, Any], say: Callable[[str], object]) -> bool:
         """Whether the start of a record goes on."""
@@ -108,8 +117,21 @@ class Owner:
 
         Raises  StorageError.
         """
-        self.write(ended=False)
-        self.is_taken = True
+        known = read_local(self.local)
+        with self.lock:
+            self.write(ended=False)
+            self.is_taken = True
+        write_json(self.local, {**known, "session": self.session})
+
+    def release(self) -> None:
+        """Say that this start sends nothing more.
+
+        Raises  StorageError.
+        """
+        with self.lock:
+            if self.is_taken:
+                self.is_taken = False
+                self.write(ended=True)
 
     def write(self, *, ended: bool) -> None:
         """Write the record, a sign of life."""
@@ -135,14 +157,14 @@ class Owner:
     def live(self, lost: Callable[[str], None]) -> None:
         """The thread of `begin`."""
         while not self.mirror.store.stopped.wait(BEAT_SECONDS):
-            if not self.is_taken:
-                continue
             # A mirror that is gone is the matter of the thread that sends.
-            with suppress(StorageError):
+            with self.lock, suppress(StorageError):
+                if not self.is_taken:
+                    continue
                 there = self.mirror.read_json(RECORD)
                 if there and there.get("session") != self.session:
-                    self.is_taken = False
                     lost(f"the run in {place_of(there)} has taken it over")
+                    self.is_taken = False
                     return
                 self.write(ended=False)
 
