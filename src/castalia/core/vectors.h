@@ -76,12 +76,44 @@ INLINE I operator>>(I a, int bits) { EACH_PART(I, a.part[i] >> bits) }
 INLINE V select_less(V a, V b, V yes, V no) {  // a < b ? yes : no
     EACH_PART(V, a.part[i] < b.part[i] ? yes.part[i] : no.part[i])
 }
+// One instruction of x86-64, which takes the second number where one of them is NaN; compilers make two of a selection.
+#if defined(__AVX512F__)
+INLINE V larger(V a, V b) { EACH_PART(V, (Floats)_mm512_max_ps((__m512)a.part[i], (__m512)b.part[i])) }
+INLINE V smaller(V a, V b) { EACH_PART(V, (Floats)_mm512_min_ps((__m512)a.part[i], (__m512)b.part[i])) }
+#elif defined(__AVX2__)
+INLINE V larger(V a, V b) { EACH_PART(V, (Floats)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i])) }
+INLINE V smaller(V a, V b) { EACH_PART(V, (Floats)_mm256_min_ps((__m256)a.part[i], (__m256)b.part[i])) }
+#elif defined(__SSE2__)
+INLINE V larger(V a, V b) { EACH_PART(V, (Floats)_mm_max_ps((__m128)a.part[i], (__m128)b.part[i])) }
+INLINE V smaller(V a, V b) { EACH_PART(V, (Floats)_mm_min_ps((__m128)a.part[i], (__m128)b.part[i])) }
+#else
 INLINE V larger(V a, V b) { return select_less(b, a, a, b); }
+INLINE V smaller(V a, V b) { return select_less(a, b, a, b); }
+#endif
+INLINE bool any_less(V a, V b) {  // a < b in some lane
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a.part[0], (__m512)b.part[0], _CMP_LT_OQ) != 0;
+#else
+    I::Part less = a.part[0] < b.part[0];
+    for (int i = 1; i < PARTS; i++) less |= a.part[i] < b.part[i];
+#if defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)less) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)less) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_epi8((__m128i)less) != 0;
+#else
+    for (int i = 0; i < WIDTH; i++)
+        if (less[i]) return true;
+    return false;
+#endif
+#endif
+}
 INLINE V all(float x) { return V{} + x; }
 INLINE I all(int32_t x) { return I{} + x; }
 INLINE V floats_in(I bits) { EACH_PART(V, (Floats)bits.part[i]) }  // the same bits
+INLINE I bits_in(V a) { EACH_PART(I, (Integers)a.part[i]) }
 INLINE V to_floats(I a) { EACH_PART(V, __builtin_convertvector(a.part[i], Floats)) }
-INLINE I to_integers(V a) { EACH_PART(I, __builtin_convertvector(a.part[i], Integers)) }
 
 INLINE V load(const float *p) { EACH_PART(V, *(const LooseFloats *)(p + i * WIDTH)) }
 INLINE I load_bytes(const void *p) {  // 64 bytes as they are
@@ -118,8 +150,7 @@ INLINE V widen(const int8_t *p) {  // 16 bytes
 #undef EACH_PART
 
 INLINE V clamp(V x, float low, float high) {  // NaN stays NaN
-    x = select_less(x, all(low), all(low), x);
-    return select_less(all(high), x, all(high), x);
+    return smaller(all(high), larger(all(low), x));
 }
 
 // e^x within 2 units in the last place for x from -87.3 to 88, and beyond as at the nearer of the two. The polynomial
@@ -127,11 +158,12 @@ INLINE V clamp(V x, float low, float high) {  // NaN stays NaN
 INLINE V exponential(V x) {
     x = clamp(x, -87.3f, 88.0f);
     const V magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const V n = (x * 1.44269504f + magic) - magic;
+    const V shifted = x * 1.44269504f + magic, n = shifted - magic;
     const V r = x - n * 0.693359375f + n * 2.12194440e-4f;
     const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     V p = all(1.9875691500e-4f);
     for (float c : terms) p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    return p * floats_in((to_integers(n) + 127) << 23);
+    p = (p * r + 1.0f) * r + 1.0f;
+    // n stands in the lowest bits of the sum; the others leave.
+    return p * floats_in((bits_in(shifted) << 23) + (127 << 23));
 }

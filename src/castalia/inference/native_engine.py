@@ -25,9 +25,9 @@ from castalia.inference.torch_engine import (
 from castalia.inference.torch_slots import model_slots
 from castalia.models.config import TransformerConfig
 from castalia.models.model_config import ModelConfig
-from castalia.native.cache import CACHES, require_cache, token_bytes
-from castalia.native.choosing import Ids, Predictions, label_losses, predictions
-from castalia.native.compiled import library
+from castalia.native.cache import CACHES, FusedCache, require_cache, token_bytes
+from castalia.native.choosing import Ids, Predictions, fits, label_losses, predictions
+from castalia.native.compiled import KINDS, library
 from castalia.native.decoder import PackedDecoder, kernel_decoder, scoring_decoder
 from castalia.native.fused import FusedForward
 from castalia.native.kernels import is_fused
@@ -40,6 +40,9 @@ ROWS_AT_ONCE = 256
 SCORED_ROWS = 128
 """Positions whose logits exist at a time while torch scores. Twice as many take a third longer:
 the allocator returns their buffers to the system and maps them again for every part."""
+KEPT_CACHE = 64 << 20
+"""Most bytes of a cache that is kept for the next text: the system takes longer to give out 50 MB
+page by page than 2,048 tokens of a small model take in one layer."""
 QUANTIZED = ("int8", "int4")
 FLOAT_KERNELS = {"bf16": "bf16", "fp32": "fp32", "fp32_onednn": "fp32"}
 """Kernels of floats, with the name of their arithmetic."""
@@ -181,6 +184,8 @@ class NativeEngine(Engine):
         self.scoring = FLOAT_KERNELS.get(self.scoring_kernel, weights.storage)
         """The arithmetic of `logprobs`: bf16, fp32 or the storage."""
         self.scorer: PackedDecoder | None = None
+        self.spare: list[FusedCache] = []
+        """The cache of the last text that was scored, unless a thread uses it."""
 
     def chosen_scoring(self, scoring: str | None) -> str:
         """The kernel for products of whole texts, `own_kernel` for the engine's own."""
@@ -271,7 +276,22 @@ class NativeEngine(Engine):
             return model_logprobs(self.scoring_decoder(), ids, SCORED_ROWS)
         if self.compiled is None:
             return super().logprobs(ids)
-        return compiled_logprobs(self.compiled, ids)
+        cache = self.text_cache(self.compiled, len(ids))
+        scored = compiled_logprobs(self.compiled, cache, ids)
+        if cache.nbytes <= KEPT_CACHE:
+            self.spare = [cache]
+        return scored
+
+    def text_cache(self, forward: FusedForward, length: int) -> FusedCache:
+        """A cache for one text: that of the text before if it is free and long enough."""
+        try:
+            # Taken out in one operation, because several threads may score at once.
+            spare = self.spare.pop()
+        except IndexError:
+            return forward.new_cache(1, length)
+        if fits(spare, 1, length) and spare.c.kind == KINDS[forward.cache]:
+            return spare
+        return forward.new_cache(1, length)
 
     @property
     def scores_apart(self) -> bool:
@@ -300,10 +320,10 @@ class NativeEngine(Engine):
         return self.slots(count, length)
 
 
-def compiled_logprobs(forward: FusedForward, ids: Sequence[int]) -> Tensor:
-    """As `Engine.logprobs`, T ids -> (T - 1,) float32; no logits are kept."""
+def compiled_logprobs(forward: FusedForward, cache: FusedCache, ids: Sequence[int]) -> Tensor:
+    """As `Engine.logprobs`, T ids -> (T - 1,) float32, through a cache with room for them; no
+    logits are kept."""
     text = np.array(ids, np.int64)
-    cache = forward.new_cache(1, len(ids))
     threads = torch.get_num_threads()
     parts = []
     # The last token predicts nothing that is in the text.

@@ -22,6 +22,8 @@
 
 constexpr int BLOCK = REGISTER == 64 ? 8 : REGISTER == 32 || REGISTERS == 32 ? 4 : 2;  // rows that share a pass over
                                                                                         // a panel
+constexpr int BESIDE = REGISTER == 64 ? 2 : 1;  // panels of int8 that share a reading of the rows; others have too few
+                                                // registers for their sums
 constexpr int GROUP = 32;  // inputs that share a scale in int4
 constexpr int AHEAD = 3072;  // bytes of weights between those in use and those that are fetched
 
@@ -48,6 +50,12 @@ INLINE V error_function(V x) {  // Eigen's rational function: error below 5e-7
     for (float c : above) over = over * square + c;
     for (float c : below) under = under * square + c;
     return x * over / under;
+}
+
+INLINE float largest_of(V v) {
+    float largest = v[0];
+    for (int lane = 1; lane < P; lane++) largest = max(largest, v[lane]);
+    return largest;
 }
 
 // ---------------------------------------------------------------------------------------------------------- linear
@@ -93,6 +101,14 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
 // waits for memory, more requests are slower.
 template <int M> static inline void fetch_ahead(const void *weights) {
     if (M >= 4) __builtin_prefetch((const char *)weights + AHEAD);
+}
+
+// Initializers of arrays are stored to memory first, even where the sums then stay in registers.
+template <class T, int A, int B> INLINE void zero(T (&sum)[A][B]) {
+#pragma GCC unroll 16
+    for (int a = 0; a < A; a++)
+#pragma GCC unroll 16
+        for (int b = 0; b < B; b++) sum[a][b] = T{};
 }
 
 // Sums of a row and a panel: several where one would wait for itself, as many as there are registers for.
@@ -155,6 +171,27 @@ template <int M> static void panel_int8(const int8_t *w, const float *scale, con
     }
 }
 
+// As panel_int8, of BESIDE panels: a row's bytes are fetched once for all of them, and as many sums hide the latency of
+// a product. Their weights are in the cache but for the first rows, so nothing is fetched ahead.
+static void panels_int8(const int8_t *w, const float *scale, const Input &in, int64_t first, V (*out)[BLOCK]) {
+    I sum[BESIDE][BLOCK];
+    zero(sum);
+    const int8_t *x = in.q + first * in.k;
+    for (int64_t i = 0; i < in.k; i += 4) {
+        I bytes[BESIDE];
+        for (int b = 0; b < BESIDE; b++) bytes[b] = factors(load_bytes(w + (b * in.k + i) * P));
+        for (int m = 0; m < BLOCK; m++)
+            for (int b = 0; b < BESIDE; b++) sum[b][m] = dot(sum[b][m], bytes[b], x + m * in.k + i);
+    }
+#pragma GCC unroll 16
+    for (int b = 0; b < BESIDE; b++)
+#pragma GCC unroll 16
+        for (int m = 0; m < BLOCK; m++) {
+            V whole = to_floats(sum[b][m] + in.sum[first + m]);
+            out[b][m] = whole * (load(scale + b * P) * in.step[first + m]);
+        }
+}
+
 template <int M>
 static void panel_int4(const uint8_t *w, const uint16_t *scale, const Input &in, int64_t first, V *out) {
     const int32_t low = 0x0f0f0f0f;
@@ -197,6 +234,16 @@ static void panel_up_to(const Linear &l, const Input &in, int64_t number, int64_
 
 static void panel_of(const Linear &l, const Input &in, int64_t number, int64_t first, int64_t rows, V *out) {
     panel_up_to<BLOCK>(l, in, number, first, rows, out);
+}
+
+// `count` neighbouring panels, at most BESIDE.
+static void panels_of(const Linear &l, const Input &in, int64_t number, int64_t count, int64_t first, int64_t rows,
+                      V (*out)[BLOCK]) {
+    if (BESIDE > 1 && count == BESIDE && rows == BLOCK && l.kind == INT8) {
+        const int8_t *w = (const int8_t *)l.weight + number * P * l.k;
+        return panels_int8(w, (const float *)l.scale + number * P, in, first, out);
+    }
+    for (int64_t b = 0; b < count; b++) panel_of(l, in, number + b, first, rows, out[b]);
 }
 
 enum After {  // numbers as ACTIVATIONS in fused.py
@@ -251,6 +298,19 @@ static void put_gated(const Linear &l, V *gate, V *up, int64_t rows, int64_t num
 
 #include "tiles.h"
 
+// Panels `begin` to `end` of linear(), `count` side by side.
+template <int64_t count>
+static void multiply(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int after, int64_t begin,
+                     int64_t end) {
+    for (int64_t number = begin; number < end; number += count)
+        for (int64_t first = 0; first < M; first += BLOCK) {
+            V out[count][BLOCK];
+            int64_t rows = min<int64_t>(BLOCK, M - first);
+            panels_of(l, in, number, count, first, rows, out);
+            for (int64_t b = 0; b < count; b++) put(l, out[b], rows, number + b, y + first * width, width, after);
+        }
+}
+
 // y (M, N) = after(x W^T + bias); ADD adds to what is there. `width` is how many of the N columns y has. A thread takes
 // neighbouring panels, and all rows of one before the next, so that weights are read from memory once.
 static void linear(const Thread &thread, const Linear &l, const Input &in, int64_t M, float *y, int64_t width,
@@ -259,13 +319,10 @@ static void linear(const Thread &thread, const Linear &l, const Input &in, int64
     if (takes_tiles(l, M)) return tiled_linear(thread, l, in, M, y, width, after);
 #endif
     const Range mine = thread.share(l.n / P);
-    for (int64_t number = mine.begin; number < mine.end; number++)
-        for (int64_t first = 0; first < M; first += BLOCK) {
-            V out[BLOCK];
-            int64_t rows = min<int64_t>(BLOCK, M - first);
-            panel_of(l, in, number, first, rows, out);
-            put(l, out, rows, number, y + first * width, width, after);
-        }
+    // One block of rows reads its weights from memory, in which a panel follows the other.
+    const int64_t paired = M > BLOCK ? mine.end - (mine.end - mine.begin) % BESIDE : mine.begin;
+    multiply<BESIDE>(l, in, M, y, width, after, mine.begin, paired);
+    multiply<1>(l, in, M, y, width, after, paired, mine.end);
 }
 
 // y (M, width) = act(gate) * up; panels of gate and up alternate, so that one thread has both while they are hot.
@@ -476,18 +533,32 @@ static void remember(const Thread &thread, const Model &model, const Cache &cach
 
 // ------------------------------------------------------------------------------------------------------- attention
 
+// Keys and values are read in spans of positions that stay in the second cache, each by all queries of a piece of work
+// before the next. What a query has of the spans before is scaled by e^(old - new) when a larger score comes (online
+// softmax, Milakov and Gimelshein 2018, arXiv:1805.02867). Spans begin at the same positions for every query, so that
+// its numbers do not depend on the queries beside it.
+
 constexpr int QUERIES = BLOCK;  // at most so many queries share one reading of the keys and values of a head
+constexpr int PIECE = 128;      // at most so many read a span one group after the other
+constexpr int64_t SPAN = 512;   // most positions of a span: their scores are in the first cache for a group
 // Sums in flight: enough to hide the latency of a product, few enough for the registers.
 constexpr int SUMS = REGISTER == 64 ? 8 : 8 / PARTS;
 
+static inline int64_t span_of(int64_t D) {  // positions: 256 KiB of keys and values in float32
+    return min(SPAN, max<int64_t>(P, 32768 / rounded(D) / P * P));
+}
+
 struct Query {
     const float *x;       // (head_dim,)
-    float *y;             // (head_dim,)
+    float *y;             // (head_dim,), the sum of values times e^(score - largest)
     int64_t start, end;   // the positions that it sees
     const float *bias;    // of position 0, or null
-    float *p;             // scores, then probabilities, from the first position of its group on
+    float *p;             // of a span: scores, then e^(score - largest), from the first position of its group on
     int8_t *high, *low;   // int8 cache: x = step * (128 * high + low)
     float step, offset;   // int8 cache: what larger keys add, in steps
+    float largest;        // score so far
+    float factor;         // of y and total for this span
+    V total;              // of e^(score - largest), lane by lane
 };
 
 // Both halves together hold 15 bits, so that the cache alone is rounded to 8.
@@ -505,8 +576,9 @@ static void halve(Query &query, int64_t D) {
 
 // Scores of Q queries with 16 B positions from t on.
 template <class T, int Q, int B>
-static void score(const Places &from, const Query *query, int64_t D, int64_t t, V (*sum)[B]) {
+INLINE void score(const Places &from, const Query *query, int64_t D, int64_t t, V (&sum)[Q][B]) {
     const T *k = (const T *)from.k + t * D;
+    zero(sum);
     for (int64_t d = 0; d < D; d++)
         for (int b = 0; b < B; b++) {
             V keys = widen(k + (b * D + d) * P);
@@ -515,9 +587,11 @@ static void score(const Places &from, const Query *query, int64_t D, int64_t t, 
 }
 
 template <int Q, int B>
-static void score_int8(const Places &from, const Query *query, int64_t D, int64_t t, V (*sum)[B]) {
+INLINE void score_int8(const Places &from, const Query *query, int64_t D, int64_t t, V (&sum)[Q][B]) {
     const char *k = from.k + t * D;
-    I high[Q][B] = {}, low[Q][B] = {};
+    I high[Q][B], low[Q][B];
+    zero(high);
+    zero(low);
     for (int64_t d = 0; d < D; d += 4)
         for (int b = 0; b < B; b++) {
             I keys = load_bytes(k + (b * D + d) * P);
@@ -537,12 +611,13 @@ static void score_int8(const Places &from, const Query *query, int64_t D, int64_
 }
 
 template <class T, int Q, int B>
-static void score_block(const Places &from, const Query *query, int64_t D, int64_t t, int64_t first) {
-    float scale = 1.0f / sqrtf((float)D);
-    V sum[Q][B] = {};
+static void score_block(const Places &from, const Query *query, int64_t D, int64_t t, int64_t first, float scale) {
+    V sum[Q][B];
     if constexpr (sizeof(T) == 1) score_int8<Q, B>(from, query, D, t, sum);
     else score<T, Q, B>(from, query, D, t, sum);
+#pragma GCC unroll 16
     for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
         for (int b = 0; b < B; b++) {
             V scores = sum[i][b] * scale;
             if (query[i].bias) scores += load(query[i].bias + t + b * P);
@@ -550,28 +625,49 @@ static void score_block(const Places &from, const Query *query, int64_t D, int64
         }
 }
 
-static void softmax(const Query &query, int64_t first, int64_t end) {  // of the scores of positions from first to end
-    float *row = query.p - first, largest = -INFINITY, total = 0;
-    int64_t whole = (end + P - 1) / P * P;
-    for (int64_t t = first; t < query.start; t++) row[t] = -INFINITY;
-    for (int64_t t = query.end; t < whole; t++) row[t] = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int64_t t = query.start; t < query.end; t++) largest = max(largest, row[t]);
-    for (int64_t t = first; t < whole; t += P) store(row + t, exponential(load(row + t) - largest));
-    for (int64_t t = first; t < query.start; t++) row[t] = 0;
-    for (int64_t t = query.end; t < whole; t++) row[t] = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t t = query.start; t < query.end; t++) total += row[t];
-    for (int64_t t = query.start; t < query.end; t++) row[t] /= total;
+// From the scores of positions from `first` to `end`, those beyond what the query sees among them, to e^(score - largest).
+static void exponentials(Query &query, int64_t first, int64_t end) {
+    float *row = query.p - first;
+    const int64_t whole = (end + P - 1) / P * P, start = max(first, query.start), last = min(end, query.end);
+    query.factor = 1;
+    if (start >= last) {
+        for (int64_t t = first; t < whole; t++) row[t] = 0;
+        return;
+    }
+    for (int64_t t = first; t < start; t++) row[t] = -INFINITY;
+    for (int64_t t = last; t < whole; t++) row[t] = -INFINITY;
+    V top = all(query.largest), total = {};
+    for (int64_t t = first; t < whole; t += P) top = larger(top, load(row + t));
+    const float largest = largest_of(top);
+    query.factor = exponential(all(query.largest - largest))[0];
+    query.largest = largest;
+    for (int64_t t = first; t < whole; t += P) {
+        V share = exponential(load(row + t) - largest);
+        total += share;
+        store(row + t, share);
+    }
+    query.total = query.total * query.factor + total;
+    for (int64_t t = first; t < start; t++) row[t] = 0;
+    for (int64_t t = last; t < whole; t++) row[t] = 0;
 }
 
-// Numbers d to d + 16 E of the outputs of Q queries.
+INLINE V some(const float *from, int64_t lanes) {
+    if (lanes == P) return load(from);
+    V v = {};
+    memcpy(&v, from, lanes * sizeof(float));
+    return v;
+}
+
+// Add positions `start` to `end` to numbers d to d + 16 E of the outputs of Q queries.
 template <class T, int Q, int E>
 static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, int64_t first, int64_t start,
                   int64_t end) {
     int64_t stride = rounded(D);
     const T *v = (const T *)from.v + d;
-    V sum[Q][E] = {};
+    V sum[Q][E];
+    for (int i = 0; i < Q; i++)
+        for (int e = 0; e < E; e++)
+            sum[i][e] = some(query[i].y + d + e * P, min<int64_t>(P, D - d - e * P)) * query[i].factor;
     for (int64_t t = start; t < end; t++)
         for (int e = 0; e < E; e++) {
             V values = widen(v + t * stride + e * P);
@@ -581,39 +677,61 @@ static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, 
         for (int e = 0; e < E; e++) place(query[i].y + d + e * P, sum[i][e], min<int64_t>(P, D - d - e * P));
 }
 
-// Q queries that read one head of one slot: their y out of its keys and values.
-template <class T, int Q> static void attend(const Places &from, Query *query, int64_t D) {
-    constexpr int B = max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = max(1, min(4, (REGISTERS == 32 ? 2 : 1) * SUMS / Q));
+// What Q queries that read one head of one slot get of the positions from `begin` to `limit`, one span.
+template <class T, int Q>
+static void attend(const Places &from, Query *query, int64_t D, int64_t begin, int64_t limit) {
+    // Wide registers read a query's number once for two blocks of keys.
+    constexpr int WIDE = REGISTER == 64 && Q == QUERIES ? 2 : 1;
+    constexpr int B = max(1, WIDE * SUMS / Q / (sizeof(T) == 1 ? 2 : 1));
+    constexpr int E = max(1, min(4, (REGISTERS == 32 ? 2 : 1) * SUMS / Q));
     int64_t start = query[0].start, end = query[0].end;
     for (int i = 1; i < Q; i++) {
         start = min(start, query[i].start);
         end = max(end, query[i].end);
     }
+    start = max(start, begin);
+    end = min(end, limit);
+    if (start >= end) return;
     int64_t first = start / P * P, t = first, d = 0;
-    if (sizeof(T) == 1)
-        for (int i = 0; i < Q; i++) halve(query[i], D);
-    for (; t + (B - 1) * P < end; t += B * P) score_block<T, Q, B>(from, query, D, t, first);
-    for (; t < end; t += P) score_block<T, Q, 1>(from, query, D, t, first);
+    const float scale = 1.0f / sqrtf((float)D);
+    for (; t + (B - 1) * P < end; t += B * P) score_block<T, Q, B>(from, query, D, t, first, scale);
+    for (; t < end; t += P) score_block<T, Q, 1>(from, query, D, t, first, scale);
     for (int i = 0; i < Q; i++) {
-        softmax(query[i], first, end);
+        exponentials(query[i], first, end);
         if (sizeof(T) == 1)
-            for (int64_t t = query[i].start; t < query[i].end; t++) query[i].p[t - first] *= from.v_scale[t];
+            for (int64_t t = start; t < end; t++) query[i].p[t - first] *= from.v_scale[t];
     }
     for (; d + (E - 1) * P < D; d += E * P) weigh<T, Q, E>(from, query, D, d, first, start, end);
     for (; d < D; d += P) weigh<T, Q, 1>(from, query, D, d, first, start, end);
 }
 
-template <class T, int Q> static void attend_up_to(const Places &from, Query *query, int64_t count, int64_t D) {
-    if (count >= Q) return attend<T, Q>(from, query, D);
-    if constexpr (Q > 1) attend_up_to<T, Q - 1>(from, query, count, D);
+template <class T, int Q>
+static void attend_up_to(const Places &from, Query *query, int64_t count, int64_t D, int64_t begin, int64_t limit) {
+    if (count >= Q) return attend<T, Q>(from, query, D, begin, limit);
+    if constexpr (Q > 1) attend_up_to<T, Q - 1>(from, query, count, D, begin, limit);
 }
 
+// All positions that any of `count` queries sees, span by span.
 template <class T> static void attend_to(const Places &from, Query *query, int64_t count, int64_t D) {
-    attend_up_to<T, QUERIES>(from, query, count, D);
+    const int64_t span = span_of(D);
+    int64_t start = query[0].start, end = query[0].end;
+    for (int64_t i = 1; i < count; i++) {
+        start = min(start, query[i].start);
+        end = max(end, query[i].end);
+    }
+    for (int64_t i = 0; sizeof(T) == 1 && i < count; i++) halve(query[i], D);
+    for (int64_t begin = start / span * span; begin < end; begin += span)
+        for (int64_t i = 0; i < count; i += QUERIES)
+            attend_up_to<T, QUERIES>(from, query + i, min<int64_t>(QUERIES, count - i), D, begin, begin + span);
+    for (int64_t i = 0; i < count; i++) {
+        float total = 0;
+        for (int lane = 0; lane < P; lane++) total += query[i].total[lane];
+        for (int64_t d = 0; d < D; d++) query[i].y[d] /= total;
+    }
 }
 
-static int64_t scratch_of_attention(const Model &m, const Cache &cache) {  // floats for one thread
-    return QUERIES * (cache.length + P + (rounded(m.head_dim) + 1) / 2);
+static int64_t scratch_of_attention(const Model &m) {  // floats for one thread
+    return QUERIES * (SPAN + P) + PIECE * rounded(m.head_dim) / 2;
 }
 
 struct Attention {  // what all queries of a layer share
@@ -625,26 +743,30 @@ struct Attention {  // what all queries of a layer share
     float *y;
 };
 
-// Tokens `start` to `end`, which are one run of a slot, and query heads `head` to `last`, which have one kv head.
+// Tokens `start` to `end`, which are one run of a slot, and query heads `head` to `last`, which have one kv head: at
+// most PIECE queries.
 static void attend_together(const Attention &a, int64_t start, int64_t end, int64_t head, int64_t last,
                             float *scratch) {
     const Model &m = a.m;
     int64_t D = m.head_dim, window = m.layer[a.layer].window, count = 0;
-    int8_t *halves = (int8_t *)(scratch + QUERIES * (a.cache.length + P));
-    Query query[QUERIES];
+    int8_t *halves = (int8_t *)(scratch + QUERIES * (SPAN + P));
+    Query query[PIECE];
     for (int64_t i = start; i < end; i++)
         for (int64_t h = head; h < last; h++, count++) {
             int64_t position = a.batch.position[i];
             Query &q = query[count];
             q.x = a.qkv + i * m.qkv_width + h * m.q_step;
             q.y = a.y + (i * m.heads + h) * D;
+            fill(q.y, q.y + D, 0.0f);
             q.start = window ? max<int64_t>(0, position + 1 - window) : 0;
             q.end = position + 1;
             q.bias = nullptr;
             if (m.bias) q.bias = m.bias + h * (m.positions + 2 * P) + (m.bias_by_key ? 0 : m.positions - 1 - position);
-            q.p = scratch + count * (a.cache.length + P);
+            q.p = scratch + count % QUERIES * (SPAN + P);
             q.high = halves + count * 2 * rounded(D);
             q.low = q.high + rounded(D);
+            q.largest = -INFINITY;
+            q.total = {};
         }
     Places from = places(m, a.cache, a.layer, a.batch.slot[start], head / (m.heads / m.kv_heads));
     if (a.cache.kind == FP32) attend_to<float>(from, query, count, D);
@@ -652,30 +774,35 @@ static void attend_together(const Attention &a, int64_t start, int64_t end, int6
     if (a.cache.kind == INT8) attend_to<int8_t>(from, query, count, D);
 }
 
-static bool is_run(const Batch &batch, int64_t start, int64_t end) {  // neighbours of one slot
-    for (int64_t i = start + 1; i < end; i++)
-        if (batch.slot[i] != batch.slot[start] || batch.position[i] != batch.position[start] + i - start) return false;
-    return true;
+static int64_t run_end(const Batch &batch, int64_t start, int64_t end) {  // where neighbours of its slot end
+    int64_t i = start + 1;
+    while (i < end && batch.slot[i] == batch.slot[start] && batch.position[i] == batch.position[start] + i - start) i++;
+    return i;
 }
 
-// The queries that share one reading of keys and values: all heads of a kv head, and neighbouring tokens. Fewer where
-// some threads would have nothing to do. The results do not depend on it.
+// A piece of work is all heads of a kv head, and neighbouring tokens: as many as share a reading of keys and values from
+// memory. Fewer where threads would wait for the last piece, or have none. The results do not depend on it.
 static void attention(const Thread &thread, const Attention &a, float *scratch) {
-    int64_t M = a.batch.rows, G = a.m.heads / a.m.kv_heads, together = QUERIES, tokens, heads, parts, runs;
+    int64_t M = a.batch.rows, G = a.m.heads / a.m.kv_heads, together = PIECE, tokens, heads, parts, runs;
     for (;; together /= 2) {
         tokens = max<int64_t>(1, together / G);
         heads = min<int64_t>(together, G);
         parts = (G + heads - 1) / heads;
         runs = (M + tokens - 1) / tokens;
-        if (together == 1 || runs * a.m.kv_heads * parts >= thread.count) break;
+        int64_t least = together > QUERIES ? 4 * thread.count : thread.count;
+        if (together == 1 || runs * a.m.kv_heads * parts >= least) break;
     }
     const int64_t pieces = runs * a.m.kv_heads * parts;
     for (int64_t piece = thread.next(); piece < pieces; piece = thread.next()) {
-        int64_t part = piece % parts, kv = piece / parts % a.m.kv_heads, run = piece / parts / a.m.kv_heads;
+        // The last tokens see the most positions: they come first, so that short pieces fill the threads at the end.
+        int64_t part = piece % parts, kv = piece / parts % a.m.kv_heads, run = runs - 1 - piece / parts / a.m.kv_heads;
         int64_t start = run * tokens, end = min(start + tokens, M);
         int64_t head = kv * G + part * heads, last = min(head + heads, (kv + 1) * G);
-        int64_t size = is_run(a.batch, start, end) ? end - start : 1;
-        for (int64_t i = start; i < end; i += size) attend_together(a, i, i + size, head, last, scratch);
+        while (start < end) {
+            int64_t next = run_end(a.batch, start, end);
+            attend_together(a, start, next, head, last, scratch);
+            start = next;
+        }
     }
     thread.barrier();
 }
@@ -842,7 +969,7 @@ static void layer_of(const Thread &thread, const Model &m, const Cache &cache, c
             mlp_up(thread, m, l, f, M);
         }
     }
-    float *scratch = f.scores + thread.number * scratch_of_attention(m, cache);
+    float *scratch = f.scores + thread.number * scratch_of_attention(m);
     attention(thread, {m, cache, rest, number, f.qkv, f.attended}, scratch);
     prepare(thread, l.out, f.to_out, M);
     if (m.parallel) prepare(thread, l.down, f.to_down, M);
@@ -859,6 +986,7 @@ static void layer_of(const Thread &thread, const Model &m, const Cache &cache, c
 // ---------------------------------------------------------------------------------------------------------- choice
 
 constexpr int64_t COLUMNS = 256;  // logits of a row that exist at a time
+constexpr int64_t TOGETHER = 64;  // rows whose logits do, so that a panel stays in the first cache for all of them
 
 static void *memory_for(size_t bytes) {  // of a few numbers a row; without them the machine is at its end
     void *memory = malloc(bytes);
@@ -879,17 +1007,13 @@ struct Choice {  // what is asked of the logits of the picked rows
     float *loss;                       // (wanted,)
 };
 
+constexpr float HEADROOM = 30.0f;  // how far a logit may be above the base of a sum, whose terms are float32
+
 struct Running {  // of a row, over the logits so far
     float largest, second, base, label;
     int64_t best;
-    double sum;  // of exp(logit - base)
+    double sum[P];  // of exp(logit - base), lane by lane
 };
-
-INLINE float largest_of(V v) {
-    float largest = v[0];
-    for (int lane = 1; lane < P; lane++) largest = max(largest, v[lane]);
-    return largest;
-}
 
 static void take(Running &run, float logit, int64_t token) {
     if (logit > run.largest) {
@@ -905,33 +1029,58 @@ static void take(Running &run, float logit, int64_t token) {
 static void absorb(Running &run, const float *row, int64_t first, int64_t count, const Choice &c) {
     V top = all(-INFINITY);
     for (int64_t i = 0; i < count; i += P) top = larger(top, load(row + i));
-    float largest = largest_of(top);
-    if (largest > run.second)
-        for (int64_t i = 0; i < min(count, c.tokens - first); i++) take(run, row[i], first + i);
+    if (any_less(all(run.second), top))
+        for (int64_t i = 0; i < min(count, c.tokens - first); i += P) {
+            if (!any_less(all(run.second), load(row + i))) continue;
+            for (int64_t t = i; t < min(i + P, c.tokens - first); t++) take(run, row[t], first + t);
+        }
     if (!c.label) return;
-    if (largest > run.base) {
-        run.sum *= exp((double)run.base - largest);
+    // A base that is near the largest will do, so that few sums are scaled again.
+    if (any_less(all(run.base + HEADROOM), top)) {
+        float largest = largest_of(top);
+        for (double &sum : run.sum) sum *= exp((double)run.base - largest);
         run.base = largest;
     }
     V sum = {};
     for (int64_t i = 0; i < count; i += P) sum += exponential(load(row + i) - run.base);
-    for (int lane = 0; lane < P; lane++) run.sum += sum[lane];
+    alignas(64) float lanes[P];
+    store(lanes, sum);
+#pragma omp simd
+    for (int lane = 0; lane < P; lane++) run.sum[lane] += lanes[lane];
+}
+
+static float loss_of(const Running &run) {
+    double sum = 0;
+    for (double lane : run.sum) sum += lane;
+    return (float)(run.base + log(sum) - run.label);
+}
+
+// Logits of `rows` rows from `first` on, in rows of COLUMNS.
+static void some_logits(const Model &m, const Input &in, int64_t column, int64_t count, int64_t first, int64_t rows,
+                        float *logits) {
+    for (int64_t i = 0; i < count; i += BESIDE * P)
+        for (int64_t row = 0; row < rows; row += BLOCK) {
+            V out[BESIDE][BLOCK];
+            int64_t taken = min<int64_t>(BLOCK, rows - row), panels = min<int64_t>(BESIDE, (count - i) / P);
+            panels_of(m.head, in, (column + i) / P, panels, first + row, taken, out);
+            for (int64_t b = 0; b < panels; b++)
+                for (int64_t r = 0; r < taken; r++) {
+                    int64_t at = i + b * P;
+                    V v = m.head.bias ? out[b][r] + load(m.head.bias + column + at) : out[b][r];
+                    store(logits + (row + r) * COLUMNS + at, v);
+                }
+        }
 }
 
 // Every logit of rows `start` to `end`, some columns of all rows before the next, so that weights stay in the cache.
 static void choose_fully(const Model &m, const Choice &c, const Input &in, int64_t start, int64_t end) {
     Running *runs = (Running *)memory_for((end - start) * sizeof(Running));
-    for (int64_t i = 0; i < end - start; i++) runs[i] = {-INFINITY, -INFINITY, -INFINITY, 0, 0, 0};
-    alignas(64) float logits[BLOCK * COLUMNS];
+    float *logits = (float *)memory_for(TOGETHER * COLUMNS * sizeof(float));
+    for (int64_t i = 0; i < end - start; i++) runs[i] = {-INFINITY, -INFINITY, -INFINITY, 0, 0, {}};
     for (int64_t column = 0; column < m.head.n; column += COLUMNS)
-        for (int64_t first = start; first < end; first += BLOCK) {
-            int64_t rows = min<int64_t>(BLOCK, end - first), count = min(COLUMNS, m.head.n - column);
-            for (int64_t i = 0; i < count; i += P) {
-                V out[BLOCK];
-                panel_of(m.head, in, (column + i) / P, first, rows, out);
-                for (int64_t r = 0; r < rows; r++)
-                    store(logits + r * COLUMNS + i, m.head.bias ? out[r] + load(m.head.bias + column + i) : out[r]);
-            }
+        for (int64_t first = start; first < end; first += TOGETHER) {
+            int64_t rows = min(TOGETHER, end - first), count = min(COLUMNS, m.head.n - column);
+            some_logits(m, in, column, count, first, rows, logits);
             for (int64_t r = 0; r < rows; r++) {
                 float *row = logits + r * COLUMNS;
                 for (int64_t i = max<int64_t>(0, m.vocab - column); i < count; i++) row[i] = -INFINITY;
@@ -945,8 +1094,9 @@ static void choose_fully(const Model &m, const Choice &c, const Input &in, int64
         const Running &run = runs[i - start];
         c.best[i] = run.best;
         c.gap[i] = run.largest - run.second;
-        if (c.label) c.loss[i] = (float)(run.base + log(run.sum) - run.label);
+        if (c.label) c.loss[i] = loss_of(run);
     }
+    free(logits);
     free(runs);
 }
 
@@ -1040,7 +1190,7 @@ static void choose_screened(const Model &m, const Choice &c, const Input &in, co
         }
     for (int64_t i = start; i < end; i++) {
         Candidates &row = found[i - start];
-        Running run = {-INFINITY, -INFINITY, 0, 0, 0, 0};
+        Running run = {-INFINITY, -INFINITY, 0, 0, 0, {}};
         for (int64_t n = 0; n < row.count; n++) {
             const int64_t token = row.list[n].token;
             if (row.list[n].upper < row.least - (float)c.near) continue;
@@ -1066,7 +1216,7 @@ static void choose(const Thread &thread, const Model &m, const Choice &c, int64_
 // -------------------------------------------------------------------------------------------------------- one call
 
 static int forward(const Model &m, const Cache &cache, const Batch &batch, const Choice *choice, int threads) {
-    int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, cache);
+    int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m);
     int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + ROOM * (4 * C + A + m.ffn) + 4096;
     int64_t panels = 2 * threads * panel_room(max(C, max(A, m.ffn)));
     Scratch scratch(((M + 16) * row + threads * scores * 4 + panels) / 64 * 64);
