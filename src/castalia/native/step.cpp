@@ -300,8 +300,8 @@ static void put_gated(const Linear &l, V *gate, V *up, int64_t rows, int64_t num
 
 // Panels `begin` to `end` of linear(), `count` side by side.
 template <int64_t count>
-static void multiply(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int after, int64_t begin,
-                     int64_t end) {
+static void multiply_panels(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int after, int64_t begin,
+                            int64_t end) {
     for (int64_t number = begin; number < end; number += count)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V out[count][BLOCK];
@@ -321,8 +321,8 @@ static void linear(const Thread &thread, const Linear &l, const Input &in, int64
     const Range mine = thread.share(l.n / P);
     // One block of rows reads its weights from memory, in which a panel follows the other.
     const int64_t paired = M > BLOCK ? mine.end - (mine.end - mine.begin) % BESIDE : mine.begin;
-    multiply<BESIDE>(l, in, M, y, width, after, mine.begin, paired);
-    multiply<1>(l, in, M, y, width, after, paired, mine.end);
+    multiply_panels<BESIDE>(l, in, M, y, width, after, mine.begin, paired);
+    multiply_panels<1>(l, in, M, y, width, after, paired, mine.end);
 }
 
 // y (M, width) = act(gate) * up; panels of gate and up alternate, so that one thread has both while they are hot.
