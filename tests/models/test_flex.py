@@ -46,7 +46,7 @@ def expected(segments: Tensor, window: int | None) -> Tensor:
     return segment_mask(segments) & near
 
 
-@pytest.mark.parametrize("window", [None, 1, 40, 128, 129, 256])
+@pytest.mark.parametrize("window", [None, 1, 2, 40, 129, 130, 255, 256])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_lists_say_who_sees_whom(name: str, window: int | None) -> None:
     segments = torch.tensor(ROWS[name])
