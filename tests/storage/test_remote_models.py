@@ -9,7 +9,8 @@ import torch
 import castalia
 from castalia.checkpoint import read
 from castalia.checkpoint.mirror import Mirror
-from castalia.core.errors import CheckpointError
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.eval.places import checkpoints_of
 from castalia.export import export
 from castalia.formats import remote
 from castalia.formats.remote import local_model, split_step
@@ -104,6 +105,17 @@ def test_what_is_damaged_missing_or_gone(bucket, link, cache, monkeypatch):
             castalia.load(f"{bucket}/run/step2")
     finally:
         link.set("open")
+
+
+def test_verbs_of_several_steps_take_one_url(bucket, cache, tmp_path):
+    (done,) = export(f"{bucket}/run", to="hf", output=tmp_path / "hf", certificate=False)
+    assert done.step == 4
+    (checkpoint,) = checkpoints_of([f"{bucket}/run/step2"])
+    assert checkpoint.step == 2 and Path(checkpoint.path).is_relative_to(cache)
+    with pytest.raises(ConfigError, match="is read as one checkpoint; give URL/step1000"):
+        checkpoints_of([f"{bucket}/run"], "all")
+    with pytest.raises(ConfigError, match="give --output for its export"):
+        export(f"{bucket}/run", to="hf")
 
 
 def test_a_file_url_is_one_too(four_steps, cache):

@@ -19,6 +19,7 @@ from castalia.eval.single_models import (
     variant_of,
 )
 from castalia.formats.foreign import find_foreign
+from castalia.formats.remote import is_remote, local_alone
 from castalia.results.schema import EVALS
 
 RANGE = re.compile(r"(\d*):(\d*)")
@@ -154,6 +155,8 @@ def checkpoints_of(
     found: dict[str, Checkpoint] = {}
     for path in paths:
         text = os.fspath(path)
+        if is_remote(text):
+            text = str(local_alone(text, steps))
         members = series_of(text, listed=asked is not None)
         # A folder of several models keeps their results together.
         suite = Path(text) if members is None else None

@@ -36,6 +36,7 @@ from castalia.export.places import (
 from castalia.export.push import Hub, Push
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
 from castalia.export.record import Exported, hashes_of, same_export, write_record
+from castalia.formats.remote import is_remote, local_alone
 from castalia.formats.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
@@ -128,6 +129,10 @@ def export(
     hub = None if push is None else Hub.open(replace(push, force=push.force or force))
     if is_hub_id(checkpoint):
         checkpoint = hub_folder(str(checkpoint))
+    elif is_remote(checkpoint):
+        if output is None:
+            raise ConfigError(f"{checkpoint} is a URL; give --output for its export")
+        checkpoint = local_alone(str(checkpoint), steps)
     name = to if spec.kind.option == "dtype" else f"{to}-{spec.numbers}"
     places = destinations(checkpoint, output, name, steps)
     if hub is not None:

@@ -19,7 +19,7 @@ from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manif
 from castalia.checkpoint.mirror import CHECKPOINTS, Mirror
 from castalia.checkpoint.names import COMPLETE, step_name
 from castalia.checkpoint.restore import FETCHED, fetch_sealed
-from castalia.core.errors import CheckpointError
+from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cache_folder, claimed
 from castalia.core.hub import is_hub_id
 from castalia.core.sealed import Seal
@@ -60,6 +60,18 @@ def local_model(url: str) -> Path:
                 raise
             warnings.warn(f"{error}; using {known}, which was fetched before", stacklevel=2)
             return known
+
+
+def local_alone(url: str, steps: object) -> Path:
+    """`local_model` for verbs that take several steps of a run.
+
+    Raises  ConfigError if steps are named: a URL is one checkpoint; what `local_model` raises.
+    """
+    if steps is not None:
+        raise ConfigError(
+            f"--steps: {url} is read as one checkpoint; give URL/step1000, or copy the run first"
+        )
+    return local_model(url)
 
 
 def found_before(folder: Path) -> Path | None:
