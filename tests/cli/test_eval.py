@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from math import inf, nan
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 from tests.fixtures.forked_rank import join_ranks, run_and_exit
 from tests.fixtures.harness_tasks import FUNCTIONS, TASKS, write_task
+from tests.fixtures.ports import held_port
 from tests.fixtures.short_run import in_suite
 
 from castalia.checkpoint import Store
@@ -179,17 +179,15 @@ def test_ranks_share_a_checkpoint_and_count_every_document_once(
 ):
     tasks = f"bits_per_byte,{task_folder}/lambada_local.yaml"
     words = ["eval", str(run), "--tasks", tasks, "--held-out-tokens", "400", "--bootstrap", "0"]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            join_ranks(rank, 2, port)
-            run_and_exit(words)
-        children.append(child)
+    with held_port() as port:
+        for rank in range(2):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                join_ranks(rank, 2, port)
+                run_and_exit(words)
+            children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     shared = numbers(json.loads(command(*words, "--json")[1]))
     code, out, _ = command(*words, "--json", "--again")

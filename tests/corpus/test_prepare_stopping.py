@@ -106,8 +106,11 @@ SLOW = """
 import sys, time
 from castalia.corpus import executors
 real = executors.encode_part
+parts = []
 def encode_part(job, part, encoder):
-    time.sleep(0.05)
+    parts.append(part)
+    # The job is not done when the signal comes, however late that is.
+    time.sleep(0.02 if len(parts) < 6 else 1)
     return real(job, part, encoder)
 executors.encode_part = encode_part
 if __name__ == "__main__":
@@ -143,12 +146,12 @@ def test_signals_end_a_job_in_order_with_a_sentence(corpus, tmp_path, name, work
     job = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while records(tmp_path / "out") < 4 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     number = getattr(signal, name)
     os.killpg(job.pid, number) if name == "SIGINT" else os.kill(job.pid, number)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=200)
     assert err == f"castalia: error: stopped by {name}; the same command continues\n"
     assert job.returncode == 128 + number
     assert records(tmp_path / "out") >= 4

@@ -7,13 +7,13 @@ Writes `exchange-RANK.json` and the checkpoints `ep-0` to `ep-3` into FOLDER.
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tests.fixtures.forked_rank import join_ranks
+from tests.fixtures.ports import held_port
 from torch import Tensor
 
 from castalia.checkpoint import Store, load_into
@@ -117,14 +117,12 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        free_port = free.getsockname()[1]
     children = []
-    for number in range(RANKS):
-        child = os.fork()
-        if not child:
-            one_rank(number, free_port, Path(sys.argv[1]))
-            os._exit(0)
-        children.append(child)
+    with held_port() as free_port:
+        for number in range(RANKS):
+            child = os.fork()
+            if not child:
+                one_rank(number, free_port, Path(sys.argv[1]))
+                os._exit(0)
+            children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))

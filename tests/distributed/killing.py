@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp
 from tests.fixtures.forked_rank import join_ranks, run_and_exit
+from tests.fixtures.ports import held_port
 
 import castalia.train.run
 
@@ -73,14 +73,12 @@ def wait_for_moment(output, chance, ranks):
 
 def attempt(arguments, output, processes, seed):
     """Run all ranks once, with a kill if there is a seed; what happened."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     (output / "log.txt").touch()
     chance = random.Random(seed)
-    ranks = [
-        start(rank, processes, port, arguments, output / "log.txt") for rank in range(processes)
-    ]
+    with held_port() as port:
+        ranks = [
+            start(rank, processes, port, arguments, output / "log.txt") for rank in range(processes)
+        ]
     told = {"processes": processes, "killed": None}
     if seed is not None:
         victim = chance.randrange(processes)

@@ -9,7 +9,6 @@ leaves rank-R.json in the output folder: the error, if the run ended with one, a
 import importlib
 import json
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import torch.distributed.fsdp
 import torch.distributed.pipelining
 from tests.fixtures.forked_rank import join_ranks
+from tests.fixtures.ports import held_port
 
 from castalia.core.errors import CastaliaError
 from castalia.distributed import World
@@ -80,17 +80,15 @@ def all_of(rank: int, size: int, port: int, runs: list[dict]) -> int:
 
 def fork(size: int, runs: list[dict]) -> int:
     """All runs on `size` forks of this process; the largest exit status, without its sign."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            code = all_of(rank, size, port, runs)
-            sys.stderr.flush()
-            os._exit(code)
-        children.append(child)
+    with held_port() as port:
+        for rank in range(size):
+            child = os.fork()
+            if not child:
+                code = all_of(rank, size, port, runs)
+                sys.stderr.flush()
+                os._exit(code)
+            children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return max(map(abs, codes))
 

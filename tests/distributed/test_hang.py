@@ -1,8 +1,6 @@
 """A process that hangs is named with its stack, and the job ends; and how the blame is found."""
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,63 +17,58 @@ SMALL = (
     "train.steps=9",
 )
 PROGRAM = """
-import os, signal, sys, time, ctypes
+import ctypes, os, signal, socket, time
 import castalia.losses as loss
-call = loss.NextToken.__call__
+from castalia.distributed.watchdog import Watchdog
+call, enter, watchdogs = loss.NextToken.__call__, Watchdog.__enter__, []
+def watching(self):
+    watchdogs.append(self)
+    return enter(self)
+def after_two_ticks():
+    # By then the thread has told where this one is.
+    now = watchdogs[0].ticks
+    while watchdogs[0].ticks < now + 2:
+        time.sleep(0.05)
+def end_with_rank_0():
+    # As torchrun, which kills what is left: a child waits until the store of rank 0 is gone.
+    me, place = os.getpid(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if os.fork():
+        return
+    try:
+        while True:
+            socket.create_connection(place).close()
+            time.sleep(0.1)
+    finally:
+        os.kill(me, signal.SIGKILL)
+        os._exit(0)
 def a_loss_that_hangs(self, scored, batch):
     if int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 24:
         {hang}
     return call(self, scored, batch)
-loss.NextToken.__call__ = a_loss_that_hangs
-from castalia.cli import main
-main()
+loss.NextToken.__call__, Watchdog.__enter__ = a_loss_that_hangs, watching
 """
-# A child ends it in the end: torchrun would wait 30 s before it kills what is stopped.
-ENDED = "me = os.getpid(); os.fork() or (time.sleep(14), os.kill(me, signal.SIGKILL), os._exit(0))"
 HANGS = {
     "asleep": "time.sleep(1000)",
-    "stopped": f"{ENDED}; time.sleep(2); os.kill(me, signal.SIGSTOP)",
+    "stopped": "end_with_rank_0(); after_two_ticks(); os.kill(os.getpid(), signal.SIGSTOP)",
 }
 
 
-def start(folder, code):
-    """Two processes of which rank 1 runs `code` in its third step; they write to files in the
-    folder."""
-    script = folder / "hang.py"
-    script.write_text(PROGRAM.format(hang=code))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += ["--nproc-per-node=2", "--shutdown-timeout=2", str(script), "train", "debug", *SMALL]
-    command += ["guard.hang_seconds=3", f"output={folder / 'run'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-        return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-
-
-def end(job, folder):
-    """What the processes said until they ended, with an error."""
-    try:
-        assert job.wait(timeout=200) != 0
-    finally:
-        job.kill()
-    return (folder / "err.txt").read_text()
-
-
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """What the processes of each case of `HANGS` said; they hang at the same time."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in HANGS}
-    jobs = {name: start(folder, HANGS[name]) for name, folder in folders.items()}
-    return {name: end(job, folders[name]) for name, job in jobs.items()}
+def said_when(training_shell, tmp_path_factory):
+    """said_when(code): what two ranks say of which rank 1 runs `code` in its third step."""
+
+    def say(code):
+        output = tmp_path_factory.mktemp("hang") / "run"
+        words = ["train", "debug", *SMALL, "guard.hang_seconds=3", f"output={output}"]
+        done = training_shell.castalia(words, 2, PROGRAM.format(hang=code))
+        assert done.returncode != 0
+        return done.stderr
+
+    return say
 
 
-def test_a_hung_rank_prints_its_stack_and_the_others_name_it(reports):
-    said = reports["asleep"]
+def test_a_hung_rank_prints_its_stack_and_the_others_name_it(said_when):
+    said = said_when(HANGS["asleep"])
     assert "castalia: error: rank 1 hangs: no progress for " in said
     assert " s in step 3 (passes and update); its threads:" in said
     # Its own print; rank 0 has the stack too, unless the job ends before it could read it.
@@ -84,17 +77,16 @@ def test_a_hung_rank_prints_its_stack_and_the_others_name_it(reports):
     assert "guard.hang_seconds=3" in said
 
 
-def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(reports):
-    said = reports["stopped"]
+def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(said_when):
+    said = said_when(HANGS["stopped"])
     assert "rank 0 waits for rank 1, which hangs and is silent: no progress for " in said
     assert "in step 3 (passes and update); the last stack it wrote:" in said
     assert "in a_loss_that_hangs" in said
 
 
 @pytest.mark.slow
-def test_a_process_that_never_lets_go_of_the_lock_is_named_and_ends(tmp_path):
-    job = start(tmp_path, "time.sleep(2); ctypes.PyDLL(None).sleep(1000)")
-    said = end(job, tmp_path)
+def test_a_process_that_never_lets_go_of_the_lock_is_named_and_ends(said_when):
+    said = said_when("after_two_ticks(); ctypes.PyDLL(None).sleep(1000)")
     assert "rank 0 waits for rank 1, which hangs and is silent" in said
 
 
@@ -142,17 +134,28 @@ def test_one_process_is_watched_when_it_is_asked_for(monkeypatch, capfd):
     assert Watchdog(alone).seconds == 0
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with Watchdog(alone, 1.0) as watchdog:
-        for step in range(1, 15):
+    watchdog = Watchdog(alone, 100.0)
+    # It looks often; the seconds pass on its clock alone, whatever the machine does.
+    watchdog.tick = 0.01
+
+    def seconds_later(seconds):
+        now = watchdog.ticks
+        watchdog.at -= seconds
+        while watchdog.ticks < now + 3:
+            time.sleep(0.01)
+
+    with watchdog:
+        for step in range(1, 6):
             watchdog.step_begins(step)
-            time.sleep(0.1)
+            seconds_later(60)
         assert not ended
         watchdog.beat(12, "saving", patience=10)
-        time.sleep(1.5)
+        seconds_later(600)
         assert not ended
         watchdog.beat(12, "reading data")
+        seconds_later(1000)
         while not ended:
-            time.sleep(0.05)
+            time.sleep(0.01)
     assert ended[0] == 1
     said = capfd.readouterr().err
     assert "rank 0 hangs: no progress for " in said and "in step 12 (reading data)" in said

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from tests.fixtures.ports import held_port
 
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.distributed import join as joining
@@ -40,12 +41,6 @@ def said_by(rank, **environment):
     return done.stdout
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def test_a_port_in_use():
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -59,8 +54,8 @@ def test_a_port_in_use():
 
 
 def test_a_master_that_nobody_reaches():
-    port = free_port()
-    said = said_by(1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with held_port() as port:
+        said = said_by(1, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     assert (
         f"rank 1 did not reach 127.0.0.1:{port} within 3 s (parallel.timeout);"
         " check that rank 0 runs" in said
@@ -79,21 +74,20 @@ def test_a_master_whose_name_nobody_knows(monkeypatch):
 
 def test_the_agent_of_torchrun_ended_before_its_ranks_began(monkeypatch):
     """Its store is gone, and nothing is worth the half hour of parallel.timeout."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
     variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (variables | {"MASTER_PORT": str(port)}).items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(joining, "AGENT_SECONDS", 0.05)
-    with pytest.raises(
-        ConfigError, match=f"nobody listens at 127.0.0.1:{port}.*its agent has ended"
-    ):
-        join("gloo", 1, 2, 1800)
+    with held_port() as port:
+        for name, value in (variables | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConfigError, match=f"nobody listens at 127.0.0.1:{port}.*its agent has ended"
+        ):
+            join("gloo", 1, 2, 1800)
 
 
 def test_the_others_do_not_come():
-    said = said_by(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    with held_port() as port:
+        said = said_by(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     assert (
         "only 1 of 2 ranks joined at 127.0.0.1:" in said and "within 3 s (parallel.timeout)" in said
     )

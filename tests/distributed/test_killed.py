@@ -135,78 +135,27 @@ def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(
     require_whole_folder(moved, 16)
 
 
-WRONG_AND_DEAD = """
-import math, os, signal, sys
-import castalia.train.hooks as hooks
-import castalia.losses as loss
-from dataclasses import replace
-
-rank, first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-call, after = loss.NextToken.__call__, hooks.Metrics.after_step
-
-def a_loss_that_is_wrong_once(self, scored, batch):
-    out = call(self, scored, batch)
-    bad = first and rank == 1 and 24 <= int(batch.index[0]) < 36
-    return replace(out, total=out.total * (math.nan if bad else 1.0))
-
-def a_step_that_is_the_last(self, step):
-    after(self, step)
-    if first and rank == 1 and step.number == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-loss.NextToken.__call__ = a_loss_that_is_wrong_once
-hooks.Metrics.after_step = a_step_that_is_the_last
-from castalia.cli import main
-main()
-"""
-
-
-def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp_path):
+def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(
+    tokens, training_shell, tmp_path
+):
     """One NaN loss on rank 1 alone: both roll back and skip the step, also after a restart."""
-    script, output, alone = tmp_path / "wrong.py", tmp_path / "run", tmp_path / "alone"
-    script.write_text(WRONG_AND_DEAD)
-    arguments = [
-        "train",
-        "debug",
-        *SMALL,
-        f"data.train={tokens}",
-        "train.steps=8",
-        "guard.nan=rollback",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [
-        "--nproc-per-node=2",
-        "--max-restarts=1",
-        str(script),
-        *arguments,
-        f"output={output}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    output, alone = tmp_path / "run", tmp_path / "alone"
+    arguments = ["debug", *SMALL, f"data.train={tokens}", "train.steps=8"]
+    program = str(Path(__file__).with_name("restarted.py"))
+    words = [program, *arguments, "guard.nan=rollback", f"output={output}"]
+    done = training_shell.file(words, 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
         "loss nan at step 3 (rows 24 to 35 of the data order);"
         " rolling back to step 2; skipped: step 3" in done.stderr
     )
     assert done.stdout.count("rolled back to") == 1 and done.stdout.count("resumed from") == 1
-    train(tokens, (alone, ("train.steps=8", "guard.skip_steps=[3]"), [(1, None)]))
+    words = ["train", *arguments, "guard.skip_steps=[3]", f"output={alone}"]
+    done = training_shell.castalia(words)
+    assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = lines(output), lines(alone)
-    assert [line.get("skipped") for line in ours] == [
-        None,
-        None,
-        "nan",
-        None,
-        None,
-        None,
-        None,
-        None,
-    ]
+    skipped = [line["step"] for line in ours if line.get("skipped") == "nan"]
+    assert skipped == [3] and len(ours) == 8
     for key in ("step", "tokens", "rows_hash"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key
     losses = [[line["loss"] for line in each if line["step"] != 3] for each in (ours, theirs)]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.fixtures.forked_rank import join_ranks
+from tests.fixtures.ports import held_port
 
 LOG = "log.txt"
 """What the ranks of an attempt print, in its folder."""
@@ -18,30 +18,28 @@ LOG = "log.txt"
 
 def start(folder: Path, work: Callable[[], NoReturn], processes: int = 1) -> list[int]:
     """Fork all ranks of one attempt, in a process group of their own; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     group = 0
     ranks: list[int] = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            try:
-                os.setpgid(0, group)
-                os.chdir(folder)
-                output = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-                if processes > 1:
-                    join_ranks(rank, processes, port)
-                work()
-            finally:
-                # An error must not unwind the campaign in its fork.
-                os._exit(98)
-        # Both sides set it, so that neither needs the other to be first.
-        group = group or child
-        os.setpgid(child, group)
-        ranks.append(child)
+    with held_port() as port:
+        for rank in range(processes):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.setpgid(0, group)
+                    os.chdir(folder)
+                    output = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                    os.dup2(output, 1)
+                    os.dup2(output, 2)
+                    if processes > 1:
+                        join_ranks(rank, processes, port)
+                    work()
+                finally:
+                    # An error must not unwind the campaign in its fork.
+                    os._exit(98)
+            # Both sides set it, so that neither needs the other to be first.
+            group = group or child
+            os.setpgid(child, group)
+            ranks.append(child)
     return ranks
 
 

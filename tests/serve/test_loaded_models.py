@@ -88,7 +88,7 @@ def start(fake: FakeModels) -> Iterator[Callable[..., LoadedModels]]:
     """Callable: models that are kept, by number and seconds of waiting."""
     made = []
 
-    def make(keep: int = 1, wait: float = 5.0) -> LoadedModels:
+    def make(keep: int = 1, wait: float = 60.0) -> LoadedModels:
         source = ModelSource(
             load=fake.load,
             check=fake.check,
@@ -113,6 +113,14 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+async def until_also(condition: Callable[[], bool]) -> None:
+    """As `until`, while other tasks go on."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.005)
+
+
 def test_requests_of_one_model_load_it_once(
     fake: FakeModels, start: Callable[..., LoadedModels]
 ) -> None:
@@ -121,8 +129,7 @@ def test_requests_of_one_model_load_it_once(
     async def ask() -> list[LoadedModel]:
         fake.gate.clear()
         waiting = [asyncio.create_task(models.get("a")) for _ in range(20)]
-        await asyncio.sleep(0.05)
-        assert models.loading() == ["a"]
+        await until_also(lambda: models.loading() == ["a"])
         fake.gate.set()
         return await asyncio.gather(*waiting)
 
@@ -135,7 +142,7 @@ def test_more_models_than_kept_take_turns(
     fake: FakeModels, start: Callable[..., LoadedModels]
 ) -> None:
     """Twelve requests of as many models; each needs its model for a while."""
-    models = start(keep=2, wait=20.0)
+    models = start(keep=2, wait=120.0)
 
     async def ask(name: str) -> str:
         loaded = await models.get(name)
@@ -165,11 +172,12 @@ def test_a_busy_model_is_waited_for_so_long(
     # Nobody waits any more, so the busy one takes requests again.
     until(lambda: not models.leaving())
     assert asyncio.run(models.get("a")).model is first.model and fake.loads == ["a"]
+    models.wait = 120.0
 
     async def ask() -> str:
         waiting = asyncio.create_task(models.get("b"))
-        await asyncio.sleep(0.05)
-        assert models.leaving() == ["a"] and models.find("a") is None
+        await until_also(lambda: models.leaving() == ["a"])
+        assert models.find("a") is None
         assert not first.scheduler.closed  # type: ignore[attr-defined]
         first.scheduler.is_idle = True  # type: ignore[misc]
         return (await waiting).name
@@ -186,6 +194,7 @@ def test_a_request_keeps_its_model(fake: FakeModels, start: Callable[..., Loaded
         with pytest.raises(ModelBusyError):
             await models.get("b")
         del held
+        models.wait = 120.0
         assert (await models.get("b")).name == "b"
 
     asyncio.run(ask())
@@ -229,7 +238,7 @@ def test_a_stop_ends_the_waiting(fake: FakeModels, start: Callable[..., LoadedMo
 
     async def ask() -> None:
         waiting = asyncio.create_task(models.get("b"))
-        await asyncio.sleep(0.05)
+        await until_also(lambda: models.leaving() == ["a"])
         models.close()
         with pytest.raises(StoppingError):
             await waiting

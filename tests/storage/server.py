@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 
+from tests.fixtures.ports import held_port
+
 KEYS = {
     "AWS_ACCESS_KEY_ID": "an-account",
     "AWS_SECRET_ACCESS_KEY": "its-word",
@@ -19,23 +21,20 @@ DENIED = (
 )
 
 
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class S3Server:
     """moto's server of S3, which keeps its objects in memory."""
 
     def __init__(self) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        end = time.monotonic() + 60
+        with held_port() as self.port:
+            command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it answers."""
+        end = time.monotonic() + 200
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()
@@ -52,7 +51,7 @@ class S3Server:
 class Link:
     """A TCP link to a server. `mode`: open; gone, which closes every connection; hangs, which
     answers nothing; denies, which refuses the credentials. `received` counts the bytes that came
-    from the server, `sent` those that went to it."""
+    from the server, `sent` those that went to it, `refused` the connections while it was gone."""
 
     def __init__(self, port: int) -> None:
         self.server = ("127.0.0.1", port)
@@ -60,6 +59,7 @@ class Link:
         self.mode = "open"
         self.received = 0
         self.sent = 0
+        self.refused = 0
         self.open_sockets: set[socket.socket] = set()
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -89,6 +89,8 @@ class Link:
             with client, contextlib.suppress(OSError):
                 if self.mode == "open":
                     self.join(client)
+                elif self.mode == "gone":
+                    self.refused += 1
                 elif self.mode == "denies":
                     client.recv(1 << 16)
                     head = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\n"

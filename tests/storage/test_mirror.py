@@ -234,11 +234,19 @@ def test_a_whole_copy_replaces_a_damaged_local_step(train, whole, tmp_path, caps
 def test_a_mirror_that_is_gone_for_a_while(link, new_bucket, train, whole, tmp_path, capsys):
     url = new_bucket()
 
+    def gone():
+        link.set("gone")
+        link.refused = 0
+
     def back():
-        time.sleep(1.5)
+        # Not before the mirror has noticed: its thread may come to it late.
+        end = time.monotonic() + 120
+        while not link.refused:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         link.set("open")
 
-    hook = At({2: lambda: link.set("gone"), 5: back})
+    hook = At({2: gone, 5: back})
     options = f"{{url: {url}, retries: 0}}"
     train(tmp_path / "run", f"checkpoint.mirror={options}", hooks=[hook])
     captured = capsys.readouterr()

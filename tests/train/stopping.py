@@ -13,13 +13,12 @@ torch is loaded once. Usage: -m tests.train.stopping PLANS, a JSON list of runs,
     ignore     a signal that is ignored from the beginning, as under nohup
 
 Prints, for each run, the exit statuses of the ranks, the seconds from the first signal to the end,
-and what the first rank wrote to stdout and stderr.
+the batches that were validated, and what the first rank wrote to stdout and stderr.
 """
 
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,17 +26,20 @@ from pathlib import Path
 
 import torch.distributed.fsdp
 from tests.fixtures.forked_rank import join_ranks, run_and_exit
+from tests.fixtures.ports import held_port
 
 import castalia.checkpoint.stage
 import castalia.train.run
 import castalia.train.trainer
 from castalia.train.passes import Passes
 
+BATCHES = "batches"
+"""File of a run with a character for each batch that a rank validated."""
 STEPS_BEFORE = 2
 """The slow step, validation or save comes after so many steps."""
 
 
-def slow_down(plan, marker):
+def slow_down(plan, marker, folder):
     """Make one part of the run slow, and write to `marker` when it begins."""
     train, run = Passes.train, Passes.run
     fsync = os.fsync
@@ -58,6 +60,8 @@ def slow_down(plan, marker):
     def slow_run(self, *arguments):
         if plan["at"] == "validation":
             tell()
+            with open(folder / BATCHES, "a") as file:
+                file.write(".")
             time.sleep(plan["seconds"])
         return run(self, *arguments)
 
@@ -71,7 +75,7 @@ def slow_down(plan, marker):
     Passes.train, Passes.run, os.fsync = slow_train, slow_run, slow_fsync
 
 
-def fork(rank, plan, port, outputs, marker):
+def fork(rank, plan, port, outputs, marker, folder):
     """Start one rank; its process id."""
     child = os.fork()
     if child:
@@ -87,7 +91,7 @@ def fork(rank, plan, port, outputs, marker):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if name := plan.get("ignore"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
-    slow_down(plan, marker)
+    slow_down(plan, marker, folder)
     run_and_exit(["train", *plan["arguments"]])
 
 
@@ -95,9 +99,6 @@ def run(plan):
     """One run; how it ended."""
     folder = Path(next(a for a in plan["arguments"] if a.startswith("output=")).partition("=")[2])
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     begun, marker = os.pipe()
     pipe, written = os.pipe()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -106,9 +107,10 @@ def run(plan):
     if plan.get("reader"):
         out = written
     ranks = []
-    for rank in range(plan.get("ranks", 1)):
-        outputs = (out, err) if rank == 0 else (other, other)
-        ranks.append(fork(rank, plan, port, outputs, marker))
+    with held_port() as port:
+        for rank in range(plan.get("ranks", 1)):
+            outputs = (out, err) if rank == 0 else (other, other)
+            ranks.append(fork(rank, plan, port, outputs, marker, folder))
     os.close(written)
     os.close(marker)
     # Nothing comes from a run that ends by itself.
@@ -121,6 +123,8 @@ def run(plan):
         os.kill(ranks[0], signal.Signals[name])
     codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     ended = {"codes": codes, "seconds": time.monotonic() - since}
+    validated = folder / BATCHES
+    ended["batches"] = len(validated.read_text()) if validated.exists() else 0
     return ended | {name: (folder / f"{name}.txt").read_text() for name in names}
 
 

@@ -119,9 +119,9 @@ def test_the_second_ctrl_c_ends_at_once(ended, name):
 
 @pytest.mark.parametrize("name", ["in a validation", "two ranks in a validation"])
 def test_a_validation_is_broken_off(ended, name):
-    """Thirty batches take half a minute on one rank; the run saves the step that was validated."""
+    """Of thirty batches a few are done; the run saves the step that was validated."""
     case = ended[name]
-    assert set(case["codes"]) == {0} and case["seconds"] < 25, case
+    assert set(case["codes"]) == {0} and 0 < case["batches"] < 30, case
     assert "is saved; the same command resumes" in case["out"]
     assert 2 in case["saved"]
 
