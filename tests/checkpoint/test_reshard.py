@@ -1,6 +1,4 @@
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,19 @@ resharding = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(resharding)
 
 
-def run(folder, *jobs):
-    command = [sys.executable, "-W", "ignore", PROGRAM, folder, *jobs]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.fixture(scope="module")
+def run(program):
+    """run(folder, *jobs): the program."""
+
+    def run(folder, *jobs):
+        done = program(PROGRAM, folder, *jobs)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(run, tmp_path_factory):
     """Steps 1, 2 and 4, each saved by as many processes as its number."""
     folder = tmp_path_factory.mktemp("worlds") / "checkpoints"
     Store(folder).save(1, resharding.truth(), {"saved_on": 1}, asynchronous=False)

@@ -2,7 +2,7 @@
 starts all anew.
 
 It stands in for torchrun --max-restarts, without its price: torch is loaded once, and the ranks are
-forked from here. Usage: -m tests.distributed.killing PLANS, a JSON list of runs with `output`,
+forked from here. Usage: killing.py PLANS, a JSON list of runs with `output`,
 `arguments` and `attempts`, which each have `processes` and `kill`: a seed of the victim and the
 moment, or null for none. Prints, for each attempt, who was killed after which step, what the kill
 left of a save, and how the others ended.

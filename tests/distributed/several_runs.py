@@ -1,7 +1,7 @@
 """Train several runs one after the other in the same ranks, for starting those takes longer than
 the runs. The ranks are forks of one program: torch, and the harness where it is named, load once.
 
--m tests.distributed.several_runs FILE [MODULE...]: a JSON list of groups {"ranks": count, "runs":
+several_runs.py FILE [MODULE...]: a JSON list of groups {"ranks": count, "runs":
 [...]}, each on ranks of its own, of runs {"arguments": [...], "poison": step or null}. Each rank
 leaves rank-R.json in the output folder: the error, if the run ended with one, and what it held.
 """

@@ -1,9 +1,6 @@
 """Evaluation in training on two ranks: the numbers of one, each document once, and one's faults."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
 from castalia.train.run import run
 
-ROOT = Path(__file__).resolve().parents[2]
+SEVERAL_RUNS = Path(__file__).with_name("several_runs.py")
 BASE = (
     "debug",
     "model.num_layers=2",
@@ -77,7 +74,7 @@ def words(task_folder, folder):
 
 
 @pytest.fixture(scope="module")
-def two(words, task_folder, folder) -> Path:
+def two(words, task_folder, folder, program) -> Path:
     """All runs on two ranks, in one set of processes."""
     (folder / "rank_functions.py").write_text(ON_RANK_1)
     runs = [words(name, *layout) for name, layout in LAYOUTS.items()]
@@ -90,20 +87,9 @@ def two(words, task_folder, folder) -> Path:
         runs.append(words(f"one {name}", tasks, "train.micro_batch_size=1", "eval.at_start=false"))
     spec = folder / "runs.json"
     spec.write_text(json.dumps([{"ranks": 2, "runs": [{"arguments": each} for each in runs]}]))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.distributed.several_runs",
-        str(spec),
-        # Loaded before the forks.
-        "castalia.eval.harness.evaluate",
-        "castalia.eval.harness.model",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
-    done = subprocess.run(command, **options, timeout=240)
+    # Loaded before the forks.
+    modules = ("castalia.eval.harness.evaluate", "castalia.eval.harness.model")
+    done = program(SEVERAL_RUNS, spec, *modules)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
 

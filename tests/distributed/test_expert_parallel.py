@@ -1,8 +1,6 @@
 """Tokens that travel to the ranks of their experts, and checkpoints that move over ep."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,10 @@ from castalia.checkpoint.names import step_name
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(program, tmp_path_factory) -> Path:
     """What four ranks left."""
     folder = tmp_path_factory.mktemp("experts")
-    command = [sys.executable, "-m", "tests.distributed.expert_ranks", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = program(Path(__file__).with_name("expert_ranks.py"), folder)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return folder
 

@@ -1,8 +1,6 @@
 """The equivalence grid of grid.py: its core, all of it, and what it says of wrong plans."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,30 +20,33 @@ WRONG = {
 """Wrong plans with the degrees of the layout that each breaks."""
 
 
-def grid(*options: str) -> subprocess.CompletedProcess[str]:
-    """Run the grid, single-threaded, and show its table."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=1500
-    )
-    print(done.stdout)
-    return done
+@pytest.fixture(scope="module")
+def grid(program):
+    """grid(*options): run the grid, single-threaded, and show its table."""
+
+    def run(*options):
+        done = program(SCRIPT, *options, limit=1500)
+        print(done.stdout)
+        return done
+
+    return run
 
 
 @pytest.mark.timeout(1600)
-def test_the_core_equals_one_process():
+def test_the_core_equals_one_process(grid):
     done = grid()
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_every_layout_equals_one_process():
+def test_every_layout_equals_one_process(grid):
     done = grid("--all")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def sabotaged(tmp_path_factory):
+def sabotaged(grid, tmp_path_factory):
     """The differences of every wrong plan, by its name and degrees; one program makes them all."""
     path = tmp_path_factory.mktemp("sabotaged") / "found.json"
     done = grid("--sabotage", "--json", str(path))

@@ -1,9 +1,6 @@
 """Ranks killed at any moment, changing world sizes: no sample lost or repeated, equal weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch
 from castalia.checkpoint import read, verify
 from castalia.data import IndexedDatasetWriter
 
-ROOT = Path(__file__).resolve().parents[2]
+KILLING = Path(__file__).with_name("killing.py")
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
 SMALL = (
     "model.num_layers=1",
@@ -37,7 +34,7 @@ def tokens(tmp_path_factory) -> Path:
     return prefix
 
 
-def train(tokens, *runs):
+def train(program, tokens, *runs):
     """Run (folder, overrides, attempts) one after another; what happened in each attempt."""
     plans = [
         {
@@ -47,10 +44,7 @@ def train(tokens, *runs):
         }
         for folder, overrides, attempts in runs
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.killing", json.dumps(plans)]
-    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
-    done = subprocess.run(command, **options, timeout=900)
+    done = program(KILLING, json.dumps(plans), limit=900)
     logs = "".join(f"{folder}:\n{(folder / 'log.txt').read_text()}" for folder, _, _ in runs)
     assert done.returncode == 0, done.stderr + logs
     told = json.loads(done.stdout)
@@ -77,12 +71,12 @@ def require_whole_folder(folder, last):
     assert verify(folder / "checkpoints" / names[-1]) == []
 
 
-def kill_and_compare(tokens, tmp_path, kills, steps):
+def kill_and_compare(program, tokens, tmp_path, kills, steps):
     """Compare a run with kills and one without: metrics and final weights, bit for bit."""
     attempts = [(2, 100 + seed) for seed in range(kills)] + [(2, None)]
     overrides = (f"train.steps={steps}",)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _, told = train(tokens, (whole, overrides, [(2, None)]), (killed, overrides, attempts))
+    _, told = train(program, tokens, (whole, overrides, [(2, None)]), (killed, overrides, attempts))
     assert len([attempt for attempt in told if attempt["killed"] is not None]) == kills
     assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     assert exact(killed) == exact(whole)
@@ -96,13 +90,13 @@ def kill_and_compare(tokens, tmp_path, kills, steps):
 
 
 @pytest.mark.slow
-def test_four_kills_at_random_moments_change_nothing(tokens, tmp_path):
-    kill_and_compare(tokens, tmp_path, 4, 20)
+def test_four_kills_at_random_moments_change_nothing(program, tokens, tmp_path):
+    kill_and_compare(program, tokens, tmp_path, 4, 20)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
-    told = kill_and_compare(tokens, tmp_path, 20, 100)[:-1]
+def test_twenty_kills_at_random_moments_change_nothing(program, tokens, tmp_path):
+    told = kill_and_compare(program, tokens, tmp_path, 20, 100)[:-1]
     assert {attempt["killed"] for attempt in told} == {0, 1}
     torn = [bool(attempt["torn"]) for attempt in told]
     assert any(torn) and not all(torn), "kills during saves, and kills between them"
@@ -118,13 +112,13 @@ def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
     ],
 )
 def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(
-    tokens, tmp_path, overrides, sizes
+    program, tokens, tmp_path, overrides, sizes
 ):
     """Each world but the last is killed at some moment; against one process."""
     overrides = ("train.steps=16", *overrides)
     sizes = [(size, seed if seed < len(sizes) else None) for seed, size in enumerate(sizes, 1)]
     alone, moved = tmp_path / "alone", tmp_path / "moved"
-    train(tokens, (alone, overrides, [(1, None)]), (moved, overrides, sizes))
+    train(program, tokens, (alone, overrides, [(1, None)]), (moved, overrides, sizes))
     ours, theirs = lines(moved), lines(alone)
     for key in ("step", "tokens", "rows_hash", "lr"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key

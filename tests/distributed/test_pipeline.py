@@ -4,9 +4,6 @@ Steps without a target are here for every kind of layout: they share the process
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ from castalia.models.stages import split
 from castalia.recipes import resolve
 from castalia.train.run import run
 
-ROOT = Path(__file__).resolve().parents[2]
+SEVERAL_RUNS = Path(__file__).with_name("several_runs.py")
 BASE = (
     "debug",
     "model.num_layers=4",
@@ -150,7 +147,7 @@ def runs_of(
 
 
 @pytest.fixture(scope="module")
-def folders(base, tmp_path_factory) -> dict[int, Path]:
+def folders(base, program, tmp_path_factory) -> dict[int, Path]:
     """Folders with all runs on two ranks, and on four; one program forks the ranks of both."""
     two, four = (tmp_path_factory.mktemp(name) for name in ("two", "four"))
     poisoned = [*base, PP2, f"output={two / 'poisoned'}"]
@@ -163,10 +160,7 @@ def folders(base, tmp_path_factory) -> dict[int, Path]:
     ]
     spec = two / "runs.json"
     spec.write_text(json.dumps(groups))
-    command = [sys.executable, "-m", "tests.distributed.several_runs", str(spec)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
-    done = subprocess.run(command, **options, timeout=280)
+    done = program(SEVERAL_RUNS, spec, limit=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {2: two, 4: four}
 

@@ -1,8 +1,6 @@
 """Pythia-12B laid out over 256 ranks: torch's fake process group, weights on the meta device."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -11,7 +9,7 @@ from castalia.models.flops import parameter_counts
 from castalia.recipes import load_config
 
 PROBE = """
-import json, sys
+import json
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from castalia.distributed.config import AXES
@@ -22,7 +20,7 @@ from castalia.models import Decoder
 from castalia.models.stages import split
 from castalia.recipes import load_config
 
-for name, degrees in json.loads(sys.argv[1]).items():
+for name, degrees in LAYOUTS.items():
     overrides = [f"parallel.{axis}={degree}" for axis, degree in degrees.items()]
     config = load_config(["pythia-12b", *overrides])
     check_layout(config.parallel, 256)
@@ -92,10 +90,9 @@ def stage_size(model: NeoxConfig, stages: int, number: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def built():
+def built(training_shell):
     """Shards of some ranks under each layout."""
-    command = [sys.executable, "-c", PROBE, json.dumps(LAYOUTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = training_shell.script(PROBE.replace("LAYOUTS", repr(LAYOUTS)))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

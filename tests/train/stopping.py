@@ -1,7 +1,7 @@
 """Program for test_stopping.py: trains in forked processes, sends them signals, and tells how each
 ended.
 
-torch is loaded once. Usage: -m tests.train.stopping PLANS, a JSON list of runs, each with
+torch is loaded once. Usage: stopping.py PLANS, a JSON list of runs, each with
 
     arguments  of `castalia train`, with `output=`
     at         "step", "validation" or "save": what is slow in this run, and when the signals come;

@@ -1,9 +1,6 @@
 """Signals and lost readers: what is saved, the exit status, and what the user reads."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,6 @@ import pytest
 from castalia.checkpoint.store import complete_steps
 from castalia.data import IndexedDatasetWriter
 
-ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "rows_hash")
 VALIDATED = ("train.eval_every=2", "train.eval_batches=30", "mixing.kind=naive-validation")
 CASES = {
@@ -37,7 +33,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def ended(train, tokens, tmp_path_factory) -> dict[str, dict]:
+def ended(train, tokens, program, tmp_path_factory) -> dict[str, dict]:
     """How each case ended."""
     folder = tmp_path_factory.mktemp("stopped")
     base = [*train.base, "train.steps=4", "train.batch_size=4", "checkpoint.every=null"]
@@ -61,10 +57,7 @@ def ended(train, tokens, tmp_path_factory) -> dict[str, dict]:
         if name == "resumed":
             arguments += [f"output={folder / 'in a validation'}"]
         plans.append(case | {"arguments": arguments})
-    command = [sys.executable, "-W", "ignore", "-m", "tests.train.stopping", json.dumps(plans)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
-    done = subprocess.run(command, **options, timeout=240)
+    done = program(Path(__file__).with_name("stopping.py"), json.dumps(plans))
     assert done.returncode == 0, done.stderr
     cases = dict(zip(CASES, json.loads(done.stdout), strict=True))
     for name, case in cases.items():
