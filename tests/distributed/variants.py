@@ -34,6 +34,11 @@ PLAIN = {
     ),
     "recompute": ("train.recompute=true",),
     "selective": ("train.recompute=selective", "train.micro_batch_size=3"),
+    "tied, selective": (
+        "model.tie_word_embeddings=true",
+        "train.recompute=selective",
+        "train.micro_batch_size=3",
+    ),
     "every second": ("train.recompute=2",),
     "compiled": ("train.compile=true",),
     "compiled, selective": ("train.compile=true", "train.recompute=selective"),
@@ -95,6 +100,12 @@ PLAIN = {
         "loss.answers_at_once=1",
     ),
     "answers, 1f1b": (*PROMPTS, *FULL, "train.micro_batch_size=1"),
+    "answers, 1f1b, tied": (
+        *PROMPTS,
+        *FULL,
+        "train.micro_batch_size=1",
+        "model.tie_word_embeddings=true",
+    ),
     "answers, interleaved": (
         *PROMPTS,
         "loss.beta=0.3",
@@ -233,6 +244,7 @@ MODELS = {
 RUNS = {
     "": (),
     "accumulated": ACCUMULATED,
+    "unequal counts": (*ACCUMULATED, "data.eod_mask_loss=true"),
     "1f1b": MICRO,
     "1f1b, recompute": (*MICRO, "train.recompute=true"),
     "zero bubble": (*MICRO, "parallel.schedule=zero_bubble"),
