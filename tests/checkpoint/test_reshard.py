@@ -14,8 +14,8 @@ SPEC.loader.exec_module(resharding)
 
 
 @pytest.fixture(scope="module")
-def run(program):
-    """run(folder, *jobs): the program."""
+def reshard(program):
+    """reshard(folder, *jobs): run the program."""
 
     def run(folder, *jobs):
         done = program(PROGRAM, folder, *jobs)
@@ -25,11 +25,11 @@ def run(program):
 
 
 @pytest.fixture(scope="module")
-def saved(run, tmp_path_factory):
+def saved(reshard, tmp_path_factory):
     """Steps 1, 2 and 4, each saved by as many processes as its number."""
     folder = tmp_path_factory.mktemp("worlds") / "checkpoints"
     Store(folder).save(1, resharding.truth(), {"saved_on": 1}, asynchronous=False)
-    run(folder, *["save", "2", "save", "4"])
+    reshard(folder, *["save", "2", "save", "4"])
     return folder
 
 
@@ -49,8 +49,8 @@ def test_saved_on_any_number_loads_on_one(saved):
             )
 
 
-def test_saved_on_any_number_loads_on_three_and_four(saved):
-    run(saved, *["load", "3", "load", "4"])
+def test_saved_on_any_number_loads_on_three_and_four(saved, reshard):
+    reshard(saved, *["load", "3", "load", "4"])
 
 
 def test_each_element_is_stored_once(saved):
@@ -69,5 +69,5 @@ def test_every_process_writes_a_share(saved):
         assert {f"model-{rank:05d}.safetensors" for rank in range(step)} <= files.keys()
 
 
-def test_faults_of_one_process_are_known_to_all(tmp_path):
-    run(tmp_path / "checkpoints", "faults", "3")
+def test_faults_of_one_process_are_known_to_all(tmp_path, reshard):
+    reshard(tmp_path / "checkpoints", "faults", "3")

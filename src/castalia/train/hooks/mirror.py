@@ -184,9 +184,10 @@ class MirrorRun(Hook):
     def delete_spared(self) -> None:
         """Delete what stayed only until it was mirrored."""
         assert self.mirroring is not None
-        there = (self.mirroring.there or set()) - self.mirroring.unsure
+        # A step that was sent late may be surplus there by now: nobody waits for it either.
+        waiting = set(self.mirroring.waiting())
         # As after a save: a later step is damaged, and does not count as the newest.
         known = [step for step in self.store.steps() if step <= self.progress.step]
         for step in self.expired(known):
-            if step in there:
+            if step not in waiting:
                 self.store.delete(step)
