@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tests.fixtures.durations import Durations
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker has a core; more threads than cores spin in each other's way.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each worker has a core; more threads than cores spin in each other's way. A single process has one
+# thread, too: on a busy machine MKL takes fewer than it may, and sums in another order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = [
     "tests.fixtures.token_files",
