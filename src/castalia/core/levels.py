@@ -6,6 +6,7 @@ highest level to use, and `none` turns compiled code off. Needs nothing but Pyth
 this file where torch is not installed.
 """
 
+import ctypes
 import functools
 import os
 import platform
@@ -71,7 +72,9 @@ V4 = V3.above(
 )
 VNNI = V4.above("vnni", "avx512_vnni", "-mavx512vnni")
 BF16 = VNNI.above("bf16", "avx512_bf16", "-mavx512bf16")
-AMX = BF16.above("amx", "amx_tile amx_int8 amx_bf16", has_code=False)
+# Its products are tested on a model of the instructions and have never run on a processor, so that
+# only CASTALIA_ISA=amx takes it.
+AMX = BF16.above("amx", "amx_tile amx_int8 amx_bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 
 NEON = Level("neon", frozenset(("asimd",)), ("-march=armv8-a",))
 DOTPROD = Level("dotprod", NEON.needs | {"asimddp"}, ("-march=armv8.2-a+dotprod",))
@@ -160,6 +163,17 @@ def highest_allowed() -> str | None:
     return name
 
 
+def tiles_are_allowed() -> bool:
+    """Ask Linux for the tile registers of AMX, for this process and its children.
+
+    Source  Linux, Documentation/arch/x86/xstate.rst: ARCH_REQ_XCOMP_PERM with XFEATURE_XTILEDATA.
+    """
+    if (platform.system(), architecture()) != ("Linux", "x86_64"):
+        return False
+    arch_prctl = 158
+    return ctypes.CDLL(None).syscall(arch_prctl, 0x1023, 18) == 0
+
+
 def levels_here() -> tuple[Level, ...]:
     """Levels of this machine up to the allowed one, the best first; empty where there is none.
 
@@ -172,4 +186,6 @@ def levels_here() -> tuple[Level, ...]:
     names = [level.name for level in known]
     if allowed in names:
         known = known[: names.index(allowed) + 1]
+    if allowed != AMX.name or not tiles_are_allowed():
+        known = tuple(level for level in known if level is not AMX)
     return tuple(level for level in reversed(known) if level.needs <= instructions())
