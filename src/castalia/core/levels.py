@@ -171,7 +171,8 @@ def tiles_are_allowed() -> bool:
     if (platform.system(), architecture()) != ("Linux", "x86_64"):
         return False
     arch_prctl = 158
-    return ctypes.CDLL(None).syscall(arch_prctl, 0x1023, 18) == 0
+    refused = int(ctypes.CDLL(None).syscall(arch_prctl, 0x1023, 18))
+    return refused == 0
 
 
 def levels_here() -> tuple[Level, ...]:
