@@ -23,7 +23,7 @@
 #define METHOD inline __attribute__((always_inline))  // INLINE is for functions
 
 typedef long long Long;
-typedef uint32_t Word;
+typedef uint32_t Word __attribute__((may_alias));  // floats and halves are packed into words where they lie
 typedef uint16_t Half;  // bfloat16
 
 #if defined(__AVX512BF16__)
@@ -41,7 +41,7 @@ constexpr int WIDEST = 256;                          // numbers of a head
 constexpr int COLUMNS = REGISTER == 64 ? VECTORS : 1;  // vectors of a tile of a product
 constexpr int ROWS = 4;                              // its rows: 16 registers of sums hide the latency of a product
 constexpr int PAIR_COLUMNS = REGISTER == 64 ? 2 : 1;  // of a tile of two products side by side
-constexpr int PAIR_ROWS = REGISTER == 64 ? 4 : 2;
+constexpr int PAIR_ROWS = 4;
 constexpr int ROUND = 8;                             // rows of keys are computed by so many
 constexpr float HIDES = 1e30f;                       // as the logarithm of a sum: probabilities are 0
 constexpr float MOST = 40.0f;                        // log2 of a number before the division by its sum
@@ -311,9 +311,14 @@ static void transpose(const Word *from, Long from_step, Long rows, Long columns,
 template <bool PAIRS, class N>
 static void lanes_of_rows(const N *from, Long step, Long rows, Long D, Word *to, Word *spare) {
     const Long words = D / Packing<PAIRS>::NUMBERS;
-    memset(spare, 0, LANES * words * sizeof(Word));
-    for (Long r = 0; r < rows; r++) words_of_row<PAIRS>(from + r * step, spare + r * words, D);
-    transpose(spare, words, LANES, words, to, LANES);
+    if (rows < LANES) memset(to, 0, LANES * words * sizeof(Word));
+    if constexpr (PAIRS || sizeof(N) == 4) {
+        // Words as they lie in the rows: D and steps are multiples of 4.
+        transpose((const Word *)from, step / Packing<PAIRS>::NUMBERS, rows, words, to, LANES);
+    } else {
+        for (Long r = 0; r < rows; r++) words_of_row<PAIRS>(from + r * step, spare + r * words, D);
+        transpose(spare, words, rows, words, to, LANES);
+    }
 }
 
 // A block of keys or values, (rows, D), as the factor whose rows are d and whose words are keys.
@@ -325,7 +330,7 @@ template <bool PAIRS, class N> static void columns_of_rows(const N *from, Long r
 // The same block as the factor whose rows are keys and whose words are numbers of a head.
 template <bool PAIRS, class N> static void rows_of_block(const N *from, Long rows, Long D, Word *to) {
     const Long words = D / Packing<PAIRS>::NUMBERS;
-    for (Long r = 0; r < rows; r++) words_of_row<PAIRS>(from + r * D, to + r * words, D);
+    words_of_row<PAIRS>(from, to, rows * D);
     memset(to + rows * words, 0, (Packing<PAIRS>::KEYS - rows) * words * sizeof(Word));
 }
 
@@ -413,9 +418,9 @@ template <bool PAIRS> struct Group {  // what a thread has of one group of queri
     }
     Group(Memory &memory, Long D) : D(D), scale((float)(1.4426950408889634 / sqrt((double)D))) {
         const Long words = D / Packing<PAIRS>::NUMBERS, keys = Packing<PAIRS>::KEYS;
-        q = memory.take<Word>(words * LANES);
-        probabilities = memory.take<Word>(KEY_WORDS * LANES);
-        spare = memory.take<Word>(max<Long>(words, D) * LANES);
+        q = memory.take<uint32_t>(words * LANES);
+        probabilities = memory.take<uint32_t>(KEY_WORDS * LANES);
+        spare = memory.take<uint32_t>(max<Long>(words, D) * LANES);
         scores = memory.take<float>(keys * LANES);
         y = memory.take<float>(D * LANES);
         bits = memory.take<uint16_t[VECTORS]>(keys);
@@ -586,11 +591,11 @@ template <class N, bool PAIRS> static void run_forward(const Problem &p, const F
     const Long D = p.D, words = D / Packing<PAIRS>::NUMBERS, blocks = blocks_of(p.keys, KEYS);
     const Long size = KEYS * words + D * KEY_WORDS;  // words of a packed block
     Memory shared(p.B * p.K * blocks * size * sizeof(Word));
-    Word *packed = shared.take<Word>(p.B * p.K * blocks * size);
+    Word *packed = shared.take<uint32_t>(p.B * p.K * blocks * size);
     const Long groups = span_count(p, LANES);
     team_run((int)p.threads, [&](const Thread &thread) {
         Memory own(Group<PAIRS>::bytes(D) + D * KEY_WORDS * sizeof(Word) + 64);
-        Word *spare = own.take<Word>(D * KEY_WORDS);
+        Word *spare = own.take<uint32_t>(D * KEY_WORDS);
         for (Long task = thread.next(); task < p.B * p.K * blocks; task = thread.next()) {
             const Long b = task / blocks / p.K, head = task / blocks % p.K, key = task % blocks * KEYS;
             const Long rows = min<Long>(KEYS, p.keys - key), place = (task / blocks * p.keys + key) * D;
@@ -706,13 +711,13 @@ template <bool PAIRS> struct Keys {  // what a thread has of one block of keys
     }
     Keys(Memory &memory, Long D)
         : layout(D), D(D), words(D / Packing<PAIRS>::NUMBERS), scale((float)(1.4426950408889634 / sqrt((double)D))) {
-        k = memory.take<Word>(KEYS * words);
-        v = memory.take<Word>(KEYS * words);
-        k_columns = memory.take<Word>(D * KEY_WORDS);
-        p = memory.take<Word>(KEYS * ROW);
-        ds = memory.take<Word>(KEYS * ROW);
-        ds_lanes = memory.take<Word>(GROUPS * KEY_WORDS * LANES);
-        spare = memory.take<Word>(D * QUERIES);
+        k = memory.take<uint32_t>(KEYS * words);
+        v = memory.take<uint32_t>(KEYS * words);
+        k_columns = memory.take<uint32_t>(D * KEY_WORDS);
+        p = memory.take<uint32_t>(KEYS * ROW);
+        ds = memory.take<uint32_t>(KEYS * ROW);
+        ds_lanes = memory.take<uint32_t>(GROUPS * KEY_WORDS * LANES);
+        spare = memory.take<uint32_t>(D * QUERIES);
         dk = memory.take<float>(KEYS * layout.width);
         dv = memory.take<float>(KEYS * layout.width);
         bits = memory.take<uint16_t[VECTORS]>(KEYS);
@@ -729,8 +734,9 @@ template <bool PAIRS> struct Keys {  // what a thread has of one block of keys
     // A tile of probabilities and of the gradients of scores, written as factors of the products that need them.
     METHOD void keep(V (&tile)[PAIR_ROWS][PAIR_COLUMNS], Word *rows, Word *lanes, Long row, int g, int c) {
         for (int r = 0; r < PAIR_ROWS; r++) {
-            if constexpr (PAIRS && PAIR_COLUMNS == 2)
-                store_row(rows + (row + r) * ROW + (g * LANES + c * P) / 2, tile[r][0], tile[r][1]);
+            if constexpr (PAIRS)
+                for (int i = 0; i < PAIR_COLUMNS; i += 2)
+                    store_row(rows + (row + r) * ROW + (g * LANES + (c + i) * P) / 2, tile[r][i], tile[r][i + 1]);
             else
                 for (int i = 0; i < PAIR_COLUMNS; i++)
                     store((float *)rows + (row + r) * ROW + g * LANES + (c + i) * P, tile[r][i]);
@@ -847,7 +853,7 @@ template <class N, bool PAIRS> struct Gradients {  // a call
           parts(blocks_of(p.keys, size)), block(p.D * QUERIES) {}
     Long bytes() const { return p.B * p.H * spans * (layout.size + parts * block) * sizeof(Word) + 128; }
     void take(Memory &memory) {
-        packed = memory.take<Word>(p.B * p.H * spans * layout.size);
+        packed = memory.take<uint32_t>(p.B * p.H * spans * layout.size);
         dq = memory.take<float>(parts * p.B * p.H * spans * block);
     }
     Queries<PAIRS> queries(Long line, Long number) const {
