@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.inference.test_native_families import config_of, random_model
 
+from castalia.inference import native_engine
 from castalia.inference.engine import logprobs_of
 from castalia.inference.native_engine import NativeEngine
+from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
 from castalia.models.config import TransformerConfig
 from castalia.native import tuning
-from castalia.native.compiled import library
+from castalia.native.compiled import level, library
 from castalia.native.weights import packed_weights
 
 COMPILED = pytest.mark.skipif(library() is None, reason="needs the compiled step")
@@ -63,6 +66,56 @@ def test_losses_without_logits_are_those_of_the_logits(model: Decoder, storage: 
     wanted = logprobs_of(engine.logits_in_parts(ids), ids)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert engine.logprobs(ids[:1]).shape == (0,)
+
+
+@COMPILED
+@pytest.mark.parametrize("case", ["llama", "mistral", "rpe"])
+def test_auto_rounds_attention_alike_in_any_passes(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = random_model(config_of(case))
+    ids = torch.randint(0, 257, (125,), generator=torch.Generator().manual_seed(1)).tolist()
+    exact = engine_of(decoder, "int8", None).logprobs(ids)
+    auto = engine_of(decoder, "int8", "auto")
+    assert auto.scoring == "int8"
+    rounded = auto.logprobs(ids)
+    assert (rounded - exact).abs().mean() < 0.01
+    # Only this level has products of bfloat16, for heads of whole vectors.
+    has_products = level() == "bf16" and decoder.config.head_dim % 16 == 0
+    assert torch.equal(rounded, exact) != has_products
+    # The queries of a text are in other groups, and the cache is the one of the text before.
+    monkeypatch.setattr(native_engine, "ROWS_AT_ONCE", 7)
+    torch.testing.assert_close(auto.logprobs(ids), rounded, rtol=1e-5, atol=1e-5)
+    assert torch.equal(auto.logprobs(ids[:50]), auto.logprobs(ids)[:49])
+
+
+@COMPILED
+@pytest.mark.parametrize("window", [None, 600])
+@pytest.mark.parametrize("cache", ["fp32", "int8"])
+def test_attention_goes_on_from_span_to_span(window: int | None, cache: str) -> None:
+    sizes = {"vocab_size": 257, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4}
+    kind = {"family": "mistral", "num_kv_heads": 2, "sliding_window": window}
+    decoder = random_model(
+        TransformerConfig(**sizes, **kind, max_position_embeddings=1200)  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            # Scores of several units, so that the largest so far changes from span to span.
+            if name.endswith(("attn.q.weight", "attn.k.weight", "attn.qkv.weight")):
+                parameter *= 20
+    # Spans of 512 positions: two whole ones, and some of a third.
+    ids = torch.randint(0, 257, (1101,), generator=torch.Generator().manual_seed(1)).tolist()
+    wanted = TorchEngine(decoder).logprobs(ids)
+    engine = engine_of(decoder, "fp32", None)
+    engine.use_cache(cache)
+    assert (engine.logprobs(ids) - wanted).abs().mean() < {"fp32": 1e-5, "int8": 0.03}[cache]
+    quantized = engine_of(decoder, "int8", None).logprobs(ids)
+    auto = engine_of(decoder, "int8", "auto").logprobs(ids)
+    # Beside the rounding of int8, that of attention to bfloat16 is not seen.
+    assert (auto - wanted).abs().mean() < 1.1 * (quantized - wanted).abs().mean()
+    assert engine.compiled is not None
+    engine.compiled.rounds_scores = True
+    assert (engine.logprobs(ids) - wanted).abs().mean() < 0.03
 
 
 def test_scoring_takes_the_fastest_arithmetic_of_the_table(

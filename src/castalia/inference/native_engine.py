@@ -172,6 +172,9 @@ class NativeEngine(Engine):
         super().__init__(weights.config)
         self.weights = weights
         self.compiled = compiled_forward(weights, kernels)
+        if self.compiled is not None:
+            # Rounded by less than int8 rounds what attention reads.
+            self.compiled.rounds_scores = scoring == "auto" and weights.storage in QUANTIZED
         self.decoder: PackedDecoder | None = None
         self.own_kernel = "compiled"
         """The kernel by which the largest layer decodes."""

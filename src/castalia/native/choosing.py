@@ -173,6 +173,7 @@ def predictions(
     choice.gap = gaps.ctypes.data
     choice.label = labels.ctypes.data
     choice.loss = losses.ctypes.data
+    choice.rounds = forward.rounds_scores
     failed = forward.native.castalia_choose(
         ctypes.addressof(forward.model),
         ctypes.addressof(cache.c),

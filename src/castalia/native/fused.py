@@ -40,6 +40,8 @@ class FusedForward:
         self.weights = weights
         self.native = native
         self.cache = cache
+        self.rounds_scores = False
+        """Whether attention may be in bfloat16 where losses are asked for."""
         self.parts = family_of(weights.config).parts(weights.config)
         # Tensors that only the library's addresses point to.
         self.kept: list[Tensor] = []

@@ -554,7 +554,7 @@ struct Query {
     int64_t start, end;   // the positions that it sees
     const float *bias;    // of position 0, or null
     float *p;             // of a span: scores, then e^(score - largest), from the first position of its group on
-    int8_t *high, *low;   // int8 cache: x = step * (128 * high + low)
+    int8_t *high, *low;   // int8 cache: x = step * (128 * high + low); products of bfloat16: x in it, from `high` on
     float step, offset;   // int8 cache: what larger keys add, in steps
     float largest;        // score so far
     float factor;         // of y and total for this span
@@ -711,18 +711,13 @@ static void attend_up_to(const Places &from, Query *query, int64_t count, int64_
     if constexpr (Q > 1) attend_up_to<T, Q - 1>(from, query, count, D, begin, limit);
 }
 
-// All positions that any of `count` queries sees, span by span.
-template <class T> static void attend_to(const Places &from, Query *query, int64_t count, int64_t D) {
-    const int64_t span = span_of(D);
-    int64_t start = query[0].start, end = query[0].end;
-    for (int64_t i = 1; i < count; i++) {
-        start = min(start, query[i].start);
-        end = max(end, query[i].end);
-    }
-    for (int64_t i = 0; sizeof(T) == 1 && i < count; i++) halve(query[i], D);
-    for (int64_t begin = start / span * span; begin < end; begin += span)
-        for (int64_t i = 0; i < count; i += QUERIES)
-            attend_up_to<T, QUERIES>(from, query + i, min<int64_t>(QUERIES, count - i), D, begin, begin + span);
+static Range seen_by(const Query *query, int64_t count) {  // positions that any of the queries sees
+    Range seen = {query[0].start, query[0].end};
+    for (int64_t i = 1; i < count; i++) seen = {min(seen.begin, query[i].start), max(seen.end, query[i].end)};
+    return seen;
+}
+
+static void divide(Query *query, int64_t count, int64_t D) {  // sums of values by their totals
     for (int64_t i = 0; i < count; i++) {
         float total = 0;
         for (int lane = 0; lane < P; lane++) total += query[i].total[lane];
@@ -730,8 +725,153 @@ template <class T> static void attend_to(const Places &from, Query *query, int64
     }
 }
 
-static int64_t scratch_of_attention(const Model &m) {  // floats for one thread
-    return QUERIES * (SPAN + P) + PIECE * rounded(m.head_dim) / 2;
+// All positions that any of `count` queries sees, span by span.
+template <class T> static void attend_to(const Places &from, Query *query, int64_t count, int64_t D) {
+    const int64_t span = span_of(D);
+    const Range seen = seen_by(query, count);
+    for (int64_t i = 0; sizeof(T) == 1 && i < count; i++) halve(query[i], D);
+    for (int64_t begin = seen.begin / span * span; begin < seen.end; begin += span)
+        for (int64_t i = 0; i < count; i += QUERIES)
+            attend_up_to<T, QUERIES>(from, query + i, min<int64_t>(QUERIES, count - i), D, begin, begin + span);
+    divide(query, count, D);
+}
+
+#if defined(__AVX512BF16__)
+// Attention by products of pairs of bfloat16, twice as many in an instruction as of float32: queries, keys, values and
+// e^(score - largest) are rounded to 8 bits, sums stay in float32. Keys and values of a span are rounded once for all
+// queries of a piece.
+
+INLINE __m512i pairs(__m512 low, __m512 high) {  // lanes with a number of each
+    const __m512i below = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+    const __m512i above = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+    return _mm512_or_si512(below, _mm512_slli_epi32(above, 16));
+}
+
+INLINE __m512 pair_products(__m512 sum, const uint32_t *from, __m512i pair) {
+    const __m512i lanes = _mm512_loadu_si512(from);
+    return _mm512_dpbf16_ps(sum, (__m512bh)lanes, (__m512bh)pair);
+}
+
+struct Rounded {  // a span of one kv head
+    uint32_t *k;  // (positions / 16, D / 2, 16): two dimensions of each key
+    uint32_t *v;  // (positions / 2, D): two positions of each dimension
+};
+
+static void round_span(const Places &from, const Rounded &to, int64_t D, int64_t begin, int64_t end) {
+    const float *k = (const float *)from.k + begin * D, *v = (const float *)from.v + begin * D;
+    const int64_t blocks = (end - begin + P - 1) / P;
+    for (int64_t i = 0; i < blocks * D; i += 2) {
+        const float *both = k + i * P;
+        _mm512_storeu_si512(to.k + i / 2 * P, pairs(_mm512_loadu_ps(both), _mm512_loadu_ps(both + P)));
+    }
+    for (int64_t t = 0; t < end - begin; t += 2)
+        for (int64_t d = 0; d < D; d += P) {
+            const float *both = v + t * D + d;
+            // What was never written is not read: zero times it may be NaN.
+            const bool second = t + 1 < end - begin;
+            const __m512 high = second ? _mm512_loadu_ps(both + D) : _mm512_setzero_ps();
+            _mm512_storeu_si512(to.v + t / 2 * D + d, pairs(_mm512_loadu_ps(both), high));
+        }
+}
+
+static void round_row(const float *x, int64_t count, void *to) {  // in place, too
+    for (int64_t i = 0; i < count; i += P)
+        _mm256_storeu_si256((__m256i *)((uint16_t *)to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+}
+
+template <int Q, int B>
+INLINE void score_rounded(const Rounded &span, const Query *query, int64_t D, int64_t t, int64_t begin, int64_t first,
+                          float scale) {
+    const uint32_t *k = span.k + (t - begin) * D / 2;
+    __m512 sum[Q][B];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+        for (int b = 0; b < B; b++) sum[i][b] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < D / 2; d++)
+        for (int i = 0; i < Q; i++) {
+            const __m512i pair = _mm512_set1_epi32(((const int32_t *)query[i].high)[d]);
+            for (int b = 0; b < B; b++) sum[i][b] = pair_products(sum[i][b], k + (b * D / 2 + d) * P, pair);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+        for (int b = 0; b < B; b++) {
+            V scores = V{{(Floats)sum[i][b]}} * scale;
+            if (query[i].bias) scores += load(query[i].bias + t + b * P);
+            store(query[i].p + t + b * P - first, scores);
+        }
+}
+
+template <int Q, int E>
+INLINE void weigh_rounded(const Rounded &span, const Query *query, int64_t D, int64_t d, int64_t begin, int64_t first,
+                          int64_t end) {
+    const uint32_t *v = span.v + (first - begin) / 2 * D + d;
+    __m512 sum[Q][E];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+        for (int e = 0; e < E; e++)
+            sum[i][e] = (__m512)(load(query[i].y + d + e * P) * query[i].factor).part[0];
+    for (int64_t t = 0; t < (end - first + 1) / 2; t++)
+        for (int i = 0; i < Q; i++) {
+            const __m512i pair = _mm512_set1_epi32(((const int32_t *)query[i].p)[t]);
+            for (int e = 0; e < E; e++) sum[i][e] = pair_products(sum[i][e], v + t * D + e * P, pair);
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+        for (int e = 0; e < E; e++) store(query[i].y + d + e * P, V{{(Floats)sum[i][e]}});
+}
+
+template <int Q>  // returns Q
+static int attend_rounded(const Rounded &span, Query *query, int64_t D, int64_t begin, int64_t limit) {
+    int64_t start = limit, end = begin;
+    for (int i = 0; i < Q; i++) {
+        start = min(start, max(begin, query[i].start));
+        end = max(end, min(limit, query[i].end));
+    }
+    if (start >= end) return Q;
+    const float scale = 1.0f / sqrtf((float)D);
+    int64_t first = start / P * P, t = first, d = 0;
+    for (; t + P < end; t += 2 * P) score_rounded<Q, 2>(span, query, D, t, begin, first, scale);
+    for (; t < end; t += P) score_rounded<Q, 1>(span, query, D, t, begin, first, scale);
+    for (int i = 0; i < Q; i++) {
+        exponentials(query[i], first, end);
+        round_row(query[i].p, end - first, query[i].p);
+    }
+    for (; d + P < D; d += 2 * P) weigh_rounded<Q, 2>(span, query, D, d, begin, first, end);
+    for (; d < D; d += P) weigh_rounded<Q, 1>(span, query, D, d, begin, first, end);
+    return Q;
+}
+
+// As attend_to for a head of whole vectors and keys of float32; `scratch` has room for a span.
+static void attend_to_rounded(const Places &from, Query *query, int64_t count, int64_t D, float *scratch) {
+    const int64_t span = span_of(D);
+    const Rounded rounded_span = {(uint32_t *)scratch, (uint32_t *)scratch + span * D / 2};
+    const Range seen = seen_by(query, count);
+    for (int64_t i = 0; i < count; i++) round_row(query[i].x, D, query[i].high);
+    for (int64_t begin = seen.begin / span * span; begin < seen.end; begin += span) {
+        const int64_t limit = begin + span;
+        round_span(from, rounded_span, D, begin, min(limit, seen.end));
+        for (int64_t i = 0; i < count;) {
+            if (count - i >= 8) i += attend_rounded<8>(rounded_span, query + i, D, begin, limit);
+            else if (count - i >= 4) i += attend_rounded<4>(rounded_span, query + i, D, begin, limit);
+            else i += attend_rounded<1>(rounded_span, query + i, D, begin, limit);
+        }
+    }
+    divide(query, count, D);
+}
+
+static bool may_round(const Model &m, const Cache &cache) { return cache.kind == FP32 && m.head_dim % P == 0; }
+#else
+static void attend_to_rounded(const Places &, Query *, int64_t, int64_t, float *) {}
+static bool may_round(const Model &, const Cache &) { return false; }
+#endif
+
+static int64_t scratch_of_attention(const Model &m, bool rounds) {  // floats for one thread
+    const int64_t D = rounded(m.head_dim);
+    return QUERIES * (SPAN + P) + PIECE * D / 2 + (rounds ? span_of(D) * D : 0);
 }
 
 struct Attention {  // what all queries of a layer share
@@ -741,6 +881,7 @@ struct Attention {  // what all queries of a layer share
     int64_t layer;
     const float *qkv;
     float *y;
+    bool rounds;  // to bfloat16, where that is faster
 };
 
 // Tokens `start` to `end`, which are one run of a slot, and query heads `head` to `last`, which have one kv head: at
@@ -750,6 +891,7 @@ static void attend_together(const Attention &a, int64_t start, int64_t end, int6
     const Model &m = a.m;
     int64_t D = m.head_dim, window = m.layer[a.layer].window, count = 0;
     int8_t *halves = (int8_t *)(scratch + QUERIES * (SPAN + P));
+    float *room = scratch + QUERIES * (SPAN + P) + PIECE * rounded(D) / 2;
     Query query[PIECE];
     for (int64_t i = start; i < end; i++)
         for (int64_t h = head; h < last; h++, count++) {
@@ -769,6 +911,7 @@ static void attend_together(const Attention &a, int64_t start, int64_t end, int6
             q.total = {};
         }
     Places from = places(m, a.cache, a.layer, a.batch.slot[start], head / (m.heads / m.kv_heads));
+    if (a.rounds && may_round(m, a.cache)) return attend_to_rounded(from, query, count, D, room);
     if (a.cache.kind == FP32) attend_to<float>(from, query, count, D);
     if (a.cache.kind == BF16) attend_to<uint16_t>(from, query, count, D);
     if (a.cache.kind == INT8) attend_to<int8_t>(from, query, count, D);
@@ -853,6 +996,7 @@ struct Forward {  // the activations of one call
     float *x, *n1, *n2, *qkv, *attended, *inner, *scores;
     int64_t *slot, *position;  // of the rows that the last layer goes on with
     bool trims;                // whether those are fewer than all
+    bool rounds;               // see Choice
     Input to_qkv, to_up, to_out, to_down, to_head;
 };
 
@@ -969,8 +1113,8 @@ static void layer_of(const Thread &thread, const Model &m, const Cache &cache, c
             mlp_up(thread, m, l, f, M);
         }
     }
-    float *scratch = f.scores + thread.number * scratch_of_attention(m);
-    attention(thread, {m, cache, rest, number, f.qkv, f.attended}, scratch);
+    float *scratch = f.scores + thread.number * scratch_of_attention(m, f.rounds);
+    attention(thread, {m, cache, rest, number, f.qkv, f.attended, f.rounds}, scratch);
     prepare(thread, l.out, f.to_out, M);
     if (m.parallel) prepare(thread, l.down, f.to_down, M);
     thread.barrier();
@@ -1005,6 +1149,7 @@ struct Choice {  // what is asked of the logits of the picked rows
     float *gap;                        // (wanted,) how far below the second is; farther than `near`: any number above it
     const int64_t *label;              // (wanted,) or null
     float *loss;                       // (wanted,)
+    int64_t rounds;                    // whether attention may compute in bfloat16
 };
 
 constexpr float HEADROOM = 30.0f;  // how far a logit may be above the base of a sum, whose terms are float32
@@ -1216,7 +1361,8 @@ static void choose(const Thread &thread, const Model &m, const Choice &c, int64_
 // -------------------------------------------------------------------------------------------------------- one call
 
 static int forward(const Model &m, const Cache &cache, const Batch &batch, const Choice *choice, int threads) {
-    int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m);
+    const bool rounds = choice && choice->rounds;
+    int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, rounds);
     int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + ROOM * (4 * C + A + m.ffn) + 4096;
     int64_t panels = 2 * threads * panel_room(max(C, max(A, m.ffn)));
     Scratch scratch(((M + 16) * row + threads * scores * 4 + panels) / 64 * 64);
@@ -1224,6 +1370,7 @@ static int forward(const Model &m, const Cache &cache, const Batch &batch, const
     scratch.panels = scratch.take<char>(panels);
     Forward f;
     f.trims = batch.wanted < M && ascends(batch);
+    f.rounds = rounds;
     f.slot = scratch.take<int64_t>(M);
     f.position = scratch.take<int64_t>(M);
     f.x = scratch.take<float>(M * C);

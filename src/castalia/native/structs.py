@@ -80,4 +80,5 @@ class CChoice(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("weight_error", "weight_norm", "near")),
         ("tokens", Long),
         *((name, Pointer) for name in ("best", "gap", "label", "loss")),
+        ("rounds", Long),
     ]
