@@ -114,6 +114,7 @@ INLINE I all(int32_t x) { return I{} + x; }
 INLINE V floats_in(I bits) { EACH_PART(V, (Floats)bits.part[i]) }  // the same bits
 INLINE I bits_in(V a) { EACH_PART(I, (Integers)a.part[i]) }
 INLINE V to_floats(I a) { EACH_PART(V, __builtin_convertvector(a.part[i], Floats)) }
+INLINE I to_integers(V a) { EACH_PART(I, __builtin_convertvector(a.part[i], Integers)) }
 
 INLINE V load(const float *p) { EACH_PART(V, *(const LooseFloats *)(p + i * WIDTH)) }
 INLINE I load_bytes(const void *p) {  // 64 bytes as they are
