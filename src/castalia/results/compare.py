@@ -108,9 +108,12 @@ def described(column: str, values: set[Any]) -> str:
     if values == {None}:
         return f"no {column}"
     shown = [str(value) for value in sorted(value for value in values if value is not None)]
-    more = ", …" if len(shown) > 5 else ""
-    plural = "s" if len(shown) > 1 else ""
-    return f"the {column}{plural} {', '.join(shown[:5])}{more}"
+    if len(shown) == 1:
+        return f"the {column} {shown[0]}"
+    # Five show what is meant; a suite has 154 steps.
+    if len(shown) > 5:
+        shown = [*shown[:5], "…"]
+    return f"the {column}s {', '.join(shown)}"
 
 
 def pairs_sql(joined: Sequence[str], across: Collection[str]) -> str:
@@ -154,9 +157,11 @@ def refuse_other_conditions(
         if not rows:
             continue
         names.append(name)
+        # The rows are sorted by their count: the first pair of values is the most frequent.
         value_a, value_b, count = rows[0]
-        more = f", and {len(rows) - 1} other pairs of values" if len(rows) > 1 else ""
-        numbers = counted(count, "number") + more
+        numbers = counted(count, "number")
+        if len(rows) > 1:
+            numbers += f", and {len(rows) - 1} other pairs of values"
         lines.append(f"  {name}: {known(value_a)} against {known(value_b)} ({numbers})")
     if lines:
         raise DataError(
@@ -222,4 +227,6 @@ def rows_of(connection: Any, sql: str) -> list[tuple[Any, ...]]:
 
 def known(value: Any) -> str:
     """A value in an error."""
-    return "unknown" if value is None else str(value)
+    if value is None:
+        return "unknown"
+    return str(value)

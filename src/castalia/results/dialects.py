@@ -143,12 +143,16 @@ def present_rows(
     """Rows of the form since 0.4: `acc,none` beside `acc_stderr,none`."""
     config = mapping(content, "config")
     base = base_row(subject_of(config, content, path), shared(config, path), path)
+    # Its first versions of this form did not write which one they were.
     version = content.get("lm_eval_version")
+    harness = "lm-eval >=0.4"
+    if version:
+        harness = f"lm-eval {version}"
     base = base._replace(
         parameters=base.parameters or integer(config.get("model_num_parameters")),
         # The commit of the hub, as long as hashes of checkpoints are.
         checkpoint_hash=(text(config.get("model_sha")) or "")[:HASH_DIGITS] or None,
-        harness=f"lm-eval {version}" if version else "lm-eval >=0.4",
+        harness=harness,
         evaluated_at=time_of(path, number(content.get("date"))),
     )
     rows = []
@@ -161,15 +165,20 @@ def present_rows(
             if not comma or metric.endswith("_stderr") or not is_number(value):
                 continue
             is_better = better.get(metric, BETTER.get(metric))
+            if not isinstance(is_better, bool):
+                is_better = None
+            # A count of the metric's own comes before that of its task.
             documents = mapping(metrics, "sample_count").get(key, metrics.get("sample_len"))
+            if documents is None:
+                documents = of_task.documents
             rows.append(
                 of_task._replace(
                     metric=metric,
                     filter=answers,
                     value=float(value),
                     stderr=number(metrics.get(f"{metric}_stderr,{answers}")),
-                    documents=of_task.documents if documents is None else integer(documents),
-                    higher_is_better=is_better if isinstance(is_better, bool) else None,
+                    documents=integer(documents),
+                    higher_is_better=is_better,
                 )
             )
     return rows
@@ -180,12 +189,15 @@ def task_columns(task: str, content: Mapping[str, Any], base: Result) -> Result:
     config = mapping(mapping(content, "configs"), task)
     shots = mapping(content, "n-shot").get(task, config.get("num_fewshot", base.shots))
     version = mapping(content, "versions").get(task, mapping(config, "metadata").get("version"))
+    if version == UNKNOWN:
+        version = None
+    # `effective` is what was read under a limit; `original` is the whole task.
     documents = mapping(mapping(content, "n-samples"), task).get("effective", base.documents)
     return base._replace(
         task=task,
         shots=integer(shots),
         documents=integer(documents),
-        task_version=None if version in (None, UNKNOWN) else str(version),
+        task_version=text(version),
         task_hash=hash_of(task, config, content),
     )
 
@@ -201,19 +213,23 @@ def hash_of(task: str, config: Mapping[str, Any], content: Mapping[str, Any]) ->
     arguments = split_arguments(mapping(content, "config").get("model_args"))
     # The harness copies the arguments of the model into the metadata of every task.
     metadata = {k: v for k, v in mapping(config, "metadata").items() if k not in arguments}
-    given = {**config, "metadata": metadata} if "metadata" in config else config
-    return config_hash(given, prompting_of(content))
+    # An empty metadata would be a key that the task's own config lacks, and another hash.
+    if "metadata" in config:
+        config = {**config, "metadata": metadata}
+    return config_hash(config, prompting_of(content))
 
 
 def prompting_of(content: Mapping[str, Any]) -> Prompting:
     """How the prompts of a file's tasks were written."""
-    usual = Prompting()
     seed = mapping(content, "config").get("fewshot_seed")
+    if not isinstance(seed, int):
+        # Files that do not say were made with the harness's own seed.
+        seed = Prompting().fewshot_seed
     return Prompting(
         content.get("chat_template"),
         content.get("system_instruction"),
         content.get("fewshot_as_multiturn") is not False,
-        seed if isinstance(seed, int) else usual.fewshot_seed,
+        seed,
     )
 
 
@@ -278,20 +294,25 @@ def shared(config: Mapping[str, Any], path: Path) -> Shared:
     # GPT-NeoX's arguments have `precision`.
     dtype = config.get("model_dtype") or named.get("dtype") or named.get("precision")
     engine = (text(config.get("model")) or "").removeprefix(OWN)
-    shots = config.get("num_fewshot")
+    shots = integer(config.get("num_fewshot"))
+    if config.get("num_fewshot") is None:
+        shots = shots_on(path)
     batch = config.get("batch_size")
     sizes = config.get("batch_sizes")
+    # `auto` as a batch size; the one that it found stands in the list.
     if not isinstance(batch, int) and isinstance(sizes, list) and len(sizes) == 1:
         batch = sizes[0]
     limit = number(config.get("limit"))
+    # A limit below 1 is a share of the documents, whose number is not in the file.
+    if limit is not None and limit < 1:
+        limit = None
     return Shared(
         harness=FORMER_HARNESS,
-        shots=integer(shots) if shots is not None else shots_on(path),
+        shots=shots,
         dtype=short_dtype(dtype),
         engine=ENGINES.get(engine, engine) or None,
         batch=integer(batch),
-        # A limit below 1 is a share of the documents.
-        documents=integer(limit) if limit is not None and limit >= 1 else None,
+        documents=integer(limit),
     )
 
 
@@ -314,8 +335,10 @@ def time_of(path: Path, recorded: float | None = None) -> datetime:
             return datetime.strptime(iso[0].replace(":", "-"), "%Y-%m-%dT%H-%M-%S")
     except ValueError:  # digits that are no date
         pass
-    seconds = path.stat().st_mtime if recorded is None else recorded
-    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    if recorded is None:
+        recorded = path.stat().st_mtime
+    # Without a zone, as the table has all its times: in UTC.
+    return datetime.fromtimestamp(recorded, UTC).replace(tzinfo=None)
 
 
 def shots_on(path: Path) -> int | None:
@@ -337,7 +360,9 @@ def short_dtype(name: Any) -> str | None:
 def mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object at `key`; empty if there is none."""
     value = content.get(key)
-    return value if isinstance(value, Mapping) else {}
+    if isinstance(value, Mapping):
+        return value
+    return {}
 
 
 def is_number(value: Any) -> bool:
@@ -347,16 +372,23 @@ def is_number(value: Any) -> bool:
 
 def number(value: Any) -> float | None:
     """A number; None for `N/A`."""
-    return float(value) if is_number(value) else None
+    if is_number(value):
+        return float(value)
+    return None
 
 
 def integer(value: Any) -> int | None:
     """An integer; None for anything else."""
     if isinstance(value, str) and value.isdecimal():
         return int(value)
-    return int(value) if is_number(value) and value == value // 1 else None
+    # 5.0 counts; NaN and infinity do not, since neither equals its own floor.
+    if is_number(value) and value == value // 1:
+        return int(value)
+    return None
 
 
 def text(value: Any) -> str | None:
     """A name or version as text; None if there is none."""
-    return None if value is None else str(value)
+    if value is None:
+        return None
+    return str(value)

@@ -44,8 +44,9 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def as_markdown(names: Sequence[str], rows: Rows) -> str:
     """A table of GitHub's Markdown."""
+    rules = {True: "---:", False: "---"}
     lines = [[escaped(name) for name in names]]
-    lines.append(["---:" if right else "---" for right in numeric(names, rows)])
+    lines.append([rules[right] for right in numeric(names, rows)])
     lines += [[escaped(shown(value)) for value in row] for row in rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -54,29 +55,31 @@ def as_columns(names: Sequence[str], rows: Rows) -> str:
     """Aligned columns, numbers to the right, six digits of each float."""
     cells = [list(names), *([shown(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = numeric(names, rows)
+    sides = {True: str.rjust, False: str.ljust}
+    aligned = [sides[right] for right in numeric(names, rows)]
     lines = []
     for row in cells:
-        padded = [
-            cell.rjust(width) if at_right else cell.ljust(width)
-            for cell, width, at_right in zip(row, widths, right, strict=True)
-        ]
+        padded = [side(cell, width) for cell, width, side in zip(row, widths, aligned, strict=True)]
+        # Spaces at the ends of lines would show in pasted output and in diffs.
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines) + "\n"
 
 
 def counted(number: int, noun: str) -> str:
     """`1 file`, `2 files`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"
 
 
 def numeric(names: Sequence[str], rows: Rows) -> list[bool]:
     """For each column whether it holds numbers only."""
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    if not rows:
+        return [False] * len(names)
     return [
         any(value is not None for value in column)
         and all(value is None or is_number(value) for value in column)
-        for column in columns
+        for column in zip(*rows, strict=True)
     ]
 
 
@@ -101,19 +104,27 @@ def escaped(text: str) -> str:
 
 def moment(value: Any) -> Any:
     """Times as ISO 8601 writes them; other values as they are."""
-    return value.isoformat(sep=" ") if isinstance(value, datetime) else value
+    if isinstance(value, datetime):
+        # A space in place of the T, for people.
+        return value.isoformat(sep=" ")
+    return value
 
 
 def plain(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
-    if isinstance(value, float) and math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
+    # The names of JavaScript, which Python's float() reads too.
+    if value == math.inf:
+        return "Infinity"
+    if value == -math.inf:
+        return "-Infinity"
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
-    return value.isoformat() if isinstance(value, datetime) else str(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value)

@@ -45,20 +45,29 @@ def select_rows(text: str, stores: Sequence[ResultsStore], where: str | None = N
             selection without rows.
     """
     name, step, settings = parsed(text)
-    source = source_of(stores) if stores else None
-    condition = None if source is None else condition_of(name, source)
+    source = None
+    condition = None
+    if stores:
+        source = source_of(stores)
+        condition = condition_of(name, source)
+    # A name of the tables comes before a path of the same name.
     if source is None or condition is None:
         source, condition = rows_of_path(name, source)
     for column, value in settings.items():
+        # `COLUMN=` without a value means NULL, which `=` would never match.
         condition = condition.also(f"CAST({column} AS TEXT) IS NOT DISTINCT FROM ?", value or None)
     if where is not None:
+        # Lines of their own, so that a comment at the end of `where` does not hide the bracket.
         condition = condition.also(f"(\n{where}\n)")
     rows = filtered(source, condition)
     found = rows
-    if step is not None:
-        wanted = "max(step) FROM results" if step == LAST else "CAST(? AS BIGINT)"
-        values = () if step == LAST else (int(step),)
-        found = filtered(Source(rows), Condition().also(f"step = (SELECT {wanted})", *values))
+    # Last, since the last step is that of the rows which all other conditions leave.
+    if step == LAST:
+        found = filtered(Source(rows), Condition().also("step = (SELECT max(step) FROM results)"))
+    elif step is not None:
+        found = filtered(
+            Source(rows), Condition().also("step = (SELECT CAST(? AS BIGINT))", int(step))
+        )
     if not len(found):
         raise DataError(f"{text}: no such rows{steps_of(rows)}")
     if "variant" not in settings:
@@ -85,7 +94,9 @@ def parsed(text: str) -> tuple[str, str | None, dict[str, str]]:
             )
         settings[column] = value
     match = STEP.fullmatch(name)
-    return (name, None, settings) if match is None else (match[1], match[2], settings)
+    if match is None:
+        return name, None, settings
+    return match[1], match[2], settings
 
 
 def condition_of(name: str, source: Source) -> Condition | None:
@@ -100,7 +111,15 @@ def condition_of(name: str, source: Source) -> Condition | None:
     if len(same) > 1:
         choices = ", ".join(f"{suite}/{model}" for suite, model in same)
         raise DataError(f"{name} is a model of several suites; name one: {choices}")
-    return Condition().also("suite = ?", same[0][0]).also("model = ?", same[0][1]) if same else None
+    if not same:
+        return None
+    ((suite, model),) = same
+    return condition_of_model(suite, model)
+
+
+def condition_of_model(suite: str, model: str) -> Condition:
+    """The rows of one model of one suite."""
+    return Condition().also("suite = ?", suite).also("model = ?", model)
 
 
 def rows_of_path(name: str, source: Source | None) -> tuple[Source, Condition]:
@@ -115,14 +134,18 @@ def rows_of_path(name: str, source: Source | None) -> tuple[Source, Condition]:
         if source is not None:
             for suite, model in select(source, "SELECT DISTINCT suite, model FROM results")[1]:
                 names |= {suite, model, f"{suite}/{model}"}
-        menu = (
-            f"; have: {', '.join(sorted(names)[:20])}" if names else "; --store DIR names a table"
-        )
+        menu = "; --store DIR names a table"
+        if names:
+            # A table of the whole hub has thousands of names; twenty fit on a screen.
+            menu = f"; have: {', '.join(sorted(names)[:20])}"
         raise DataError(f"no suite, model or store {name!r}{nearest(name, names) or menu}")
     there = source_of(find_stores(path))
     place = path.resolve()
-    run = Condition().also("suite = ?", place.parent.name).also("model = ?", place.name)
-    return there, run if len(filtered(there, run)) else Condition()
+    # Evaluations of a run are labelled by its two last folders; any other path means its table.
+    run = condition_of_model(place.parent.name, place.name)
+    if len(filtered(there, run)):
+        return there, run
+    return there, Condition()
 
 
 def filtered(source: Source, condition: Condition) -> Any:
@@ -137,7 +160,10 @@ def themselves(rows: Any) -> Any:
     """The rows of the models themselves, without variants, if there are such and one model only."""
     models = select(Source(rows), "SELECT count(DISTINCT (suite, model)) FROM results")[1][0][0]
     found = filtered(Source(rows), Condition().also("variant = ''"))
-    return found if models == 1 and len(found) else rows
+    # Of several models one may have variants alone, and would be lost.
+    if models == 1 and len(found):
+        return found
+    return rows
 
 
 def steps_of(rows: Any) -> str:
@@ -150,4 +176,7 @@ def steps_of(rows: Any) -> str:
     steps = [str(row[0]) for row in answer[1]]
     if not steps:
         return "; they have no step"
-    return f"; there are the steps {', '.join(steps[:30])}{', …' if len(steps) > 30 else ''}"
+    # Pythia has 154 steps; thirty show the grid.
+    if len(steps) > 30:
+        steps = [*steps[:30], "…"]
+    return f"; there are the steps {', '.join(steps)}"

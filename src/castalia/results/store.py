@@ -232,9 +232,12 @@ def query_stores(stores: Sequence[ResultsStore], sql: str) -> Answer:
 def table_of(results: Sequence[Result]) -> Any:
     """Rows as a pyarrow.Table."""
     arrow = require("pyarrow", EXTRA, PURPOSE)
-    values = zip(*results, strict=True) if results else [()] * len(Result._fields)
-    by_name = dict(zip(Result._fields, values, strict=True))
-    return arrow.table({name: by_name[name] for name in COLUMNS}, schema=arrow_schema())
+    schema = arrow_schema()
+    # zip of no rows would give no columns.
+    if not results:
+        return schema.empty_table()
+    by_name = dict(zip(Result._fields, zip(*results, strict=True), strict=True))
+    return arrow.table({name: by_name[name] for name in COLUMNS}, schema=schema)
 
 
 def arrow_schema() -> Any:
@@ -268,8 +271,10 @@ def merged(old: Any, new: Any) -> Any | None:
     kept = both.take(latest_rows(both))
     if kept.equals(touched):
         return None
+    rest = old
     # A filter copies the table, which costs as much as reading it.
-    rest = old.filter(compute.invert(near)) if len(touched) else old
+    if len(touched):
+        rest = old.filter(compute.invert(near))
     whole = arrow.concat_tables([encoded(rest), encoded(kept)], promote_options="default")
     # The writer encodes a column only once if its parts have one dictionary.
     return whole.unify_dictionaries()
@@ -278,7 +283,9 @@ def merged(old: Any, new: Any) -> Any | None:
 def newest(old: Any, new: Any) -> Any:
     """Both tables as one; of rows with the same KEY the latest stands, of equal times the new."""
     whole = merged(old, new)
-    return old if whole is None else decoded(whole)
+    if whole is None:
+        return old
+    return decoded(whole)
 
 
 def latest_rows(table: Any) -> Any:
@@ -327,7 +334,9 @@ def with_types(table: Any, kind: Any) -> Any:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its name."""
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 def now() -> datetime:

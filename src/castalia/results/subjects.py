@@ -36,9 +36,12 @@ def subject_of_hub_id(name: str, revision: str | None, path: PurePath) -> Labels
     step = step_in(revision or "")
     if step is None:
         step = step_on(PurePath(name, path.name), path)
-    checkpoint = name if revision is None else f"{name}@{revision}"
+    checkpoint = name
+    if revision is not None:
+        checkpoint = f"{name}@{revision}"
     owner, _, model = name.rpartition("/")
     known = None
+    # A path of several folders is no hub id, even where it ends like one.
     if HUB_ID.fullmatch(name):
         known = subject_of_pythia(owner, model, step, path)
         known = known or subject_of_family("opt", "facebook", OPT_SIZES, name)
@@ -61,29 +64,48 @@ def subject_of_pythia(owner: str, model: str, step: int | None, path: PurePath) 
     seed = SEED.search(marks)
     batch = BATCH.search(marks)
     rest = [mark for mark in SEED.sub("", BATCH.sub("", marks)).split("-") if mark]
+    # A name with other marks is a model that somebody derived from Pythia.
     if size not in PYTHIA_SIZES or not set(rest) <= {"deduped", "bf16", "long", "v0"}:
         return None
-    suite = "pythia-v0" if former or "v0" in rest or "pythia-v0" in path.parts else "pythia-v1"
+    suite = "pythia-v1"
+    if seed:
+        suite = "polypythias"
+    elif former or "v0" in rest or "pythia-v0" in path.parts:
+        suite = "pythia-v0"
+    variant = ""
     if path.name.startswith("baseline-"):
         # The model itself, evaluated once more beside an intervened one.
         variant = "baseline"
     elif match[1]:
-        variant = "intervention-long" if "long" in rest else "intervention"
+        variant = intervention(long="long" in rest)
     elif batch:
         variant = batch[0]
-    else:
-        variant = f"{seed[1]}-seed" if seed and seed[1] else ""
-    steps = round(PYTHIA_STEPS * 2 / float(batch[1])) if batch else PYTHIA_STEPS
-    return pythia(
-        "polypythias" if seed else suite,
-        size,
+    elif seed and seed[1]:
+        # Only the data or only the start weights were drawn anew.
+        variant = f"{seed[1]}-seed"
+    steps = PYTHIA_STEPS
+    if batch:
+        # Every run read the same tokens, so a smaller batch needs more steps.
+        steps = round(PYTHIA_STEPS * 2 / float(batch[1]))
+    if step is None:
         # The branch `main` holds the last step.
-        steps if step is None else step,
+        step = steps
+    return pythia(
+        suite,
+        size,
+        step,
         deduped="deduped" in rest,
         variant=variant,
         seed=int(seed[2]) if seed else PYTHIA_SEED,
         steps=steps,
     )
+
+
+def intervention(*, long: bool) -> str:
+    """The variant of a continued run with changed pronouns; `long` is that of the last 21%."""
+    if long:
+        return "intervention-long"
+    return "intervention"
 
 
 def subject_of_family(suite: str, owner: str, sizes: Mapping[str, int], name: str) -> Labels | None:
@@ -103,8 +125,14 @@ def subject_of_folder(name: str, step: int | None) -> Labels:
             parts = parts[: parts.index(inside, 2)]
     if len(parts) > 1 and STEP.fullmatch(parts[-1]):
         parts = parts[:-1]
-    suite = parts[-2] if len(parts) > 1 else ""
-    return Labels(suite.strip("/") or "models", parts[-1] if parts else "model", step=step)
+    # Both columns are part of a row's key, so a name without folders gets a suite as well.
+    suite = ""
+    model = "model"
+    if parts:
+        model = parts[-1]
+    if len(parts) > 1:
+        suite = parts[-2].strip("/")
+    return Labels(suite or "models", model, step=step)
 
 
 def subject_of_neox(settings: Mapping[str, Any], path: PurePath) -> Labels:
@@ -122,13 +150,18 @@ def subject_of_neox(settings: Mapping[str, Any], path: PurePath) -> Labels:
         filter(None, (subject_of_neox_name(name, step, settings, path) for name in names)), None
     )
     if known is None:
-        steps = settings.get("train_iters")
-        seed = settings.get("seed")
         known = subject_of_folder(folder, step)._replace(
-            last_step=steps if isinstance(steps, int) else None,
-            seed=seed if isinstance(seed, int) else None,
+            last_step=integer_at(settings, "train_iters"), seed=integer_at(settings, "seed")
         )
     return known._replace(checkpoint=folder)
+
+
+def integer_at(settings: Mapping[str, Any], key: str) -> int | None:
+    """A setting that is an integer; None for one that is missing, or text."""
+    value = settings.get(key)
+    if isinstance(value, int):
+        return value
+    return None
 
 
 def neox_folder(settings: Mapping[str, Any], path: PurePath) -> str:
@@ -156,18 +189,23 @@ def subject_of_neox_name(
     variant = variant_on(path)
     if "interven" in marks:
         # The longer one began at an earlier step, which its name has.
-        variant = "intervention-long" if marks.endswith("start") else "intervention"
+        variant = intervention(long=marks.endswith("start"))
     elif "long" in marks:
-        variant = "intervention-long"
-    steps = settings.get("train_iters")
+        variant = intervention(long=True)
+    suite = "pythia-v1"
+    if match[1] in FORMER_SIZES or "pythia-v0" in path.parts:
+        suite = "pythia-v0"
+    steps = integer_at(settings, "train_iters")
+    if steps is None or steps <= 0:
+        steps = PYTHIA_STEPS
     return pythia(
-        "pythia-v0" if match[1] in FORMER_SIZES or "pythia-v0" in path.parts else "pythia-v1",
+        suite,
         size,
         step,
         # Pronouns were changed in continued runs of deduplicated models only.
         deduped="dedup" in marks or variant.startswith("intervention"),
         variant=variant,
-        steps=steps if isinstance(steps, int) and steps > 0 else PYTHIA_STEPS,
+        steps=steps,
     )
 
 
@@ -177,14 +215,18 @@ def variant_on(path: PurePath) -> str:
         if folder in path.parts:
             return variant
     if path.name.startswith("long-intervention-"):
-        return "intervention-long"
-    return "intervention" if path.name.startswith("intervention-") else ""
+        return intervention(long=True)
+    if path.name.startswith("intervention-"):
+        return intervention(long=False)
+    return ""
 
 
 def step_in(text: str) -> int | None:
     """The step that a name says, such as step143000; None if it says none."""
     match = STEP.search(text)
-    return None if match is None else int(match[1])
+    if match is None:
+        return None
+    return int(match[1])
 
 
 def step_on(*paths: PurePath) -> int | None:

@@ -78,10 +78,15 @@ def pythia(
     steps  of its whole training. Every run read the same tokens: with half the steps, twice the
            tokens a step.
     """
-    tokens = None if step is None else step * PYTHIA_BATCH * PYTHIA_STEPS // steps
+    tokens = None
+    if step is not None:
+        tokens = step * PYTHIA_BATCH * PYTHIA_STEPS // steps
+    model = f"pythia-{size}"
+    if deduped:
+        model += "-deduped"
     return Labels(
         suite=suite,
-        model=f"pythia-{size}{'-deduped' if deduped else ''}",
+        model=model,
         variant=variant,
         size=size,
         parameters=PYTHIA_SIZES[size],

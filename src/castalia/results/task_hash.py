@@ -62,9 +62,11 @@ def plain(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, np.generic):
         return value.item()
-    # The default text of an object holds its address.
     text = str(value)
-    return type(value).__name__ if " at 0x" in text else text
+    # The default text of an object holds its address, which differs between processes.
+    if " at 0x" in text:
+        return type(value).__name__
+    return text
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,14 +77,13 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["metadata"] = {k: v for k, v in metadata.items() if k not in MACHINE_KEYS}
     arguments = kept.get("dataset_kwargs")
     if isinstance(arguments, Mapping):
-        kept["dataset_kwargs"] = {
-            # The last part of a path is what the task is about.
-            key: last_parts(value) if key in PATH_KEYS else value
-            for key, value in arguments.items()
-        }
-    if isinstance(kept.get("dataset_path"), str):
-        path = kept["dataset_path"]
-        kept["dataset_path"] = Path(path).name if Path(path).is_absolute() else path
+        # The last part of a path is what the task is about.
+        names = {key: last_parts(arguments[key]) for key in PATH_KEYS if key in arguments}
+        kept["dataset_kwargs"] = {**arguments, **names}
+    path = kept.get("dataset_path")
+    # A relative one is a name of the hub, OWNER/NAME.
+    if isinstance(path, str) and Path(path).is_absolute():
+        kept["dataset_path"] = Path(path).name
     return kept
 
 
