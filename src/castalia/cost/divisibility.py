@@ -83,7 +83,10 @@ def context_problems(seq_length: int, parallel: ParallelConfig) -> list[str]:
             f" the {cp} ranks takes an early and a late chunk of every row"
         )
     if seq_length % (cp * tp):
-        degrees = f"parallel.tp={tp}" if cp == 1 else f"parallel.cp={cp} times parallel.tp={tp}"
+        if cp == 1:
+            degrees = f"parallel.tp={tp}"
+        else:
+            degrees = f"parallel.cp={cp} times parallel.tp={tp}"
         problems.append(
             f"data.seq_length {seq_length} is not divisible by {degrees}: between the matrices each"
             " rank holds an equal part of the tokens"
@@ -95,7 +98,9 @@ def stage_problems(config: ParallelConfig, model: ModelConfig, compiled: bool) -
     """Why a model cannot be cut into the stages of this pipeline; an empty list if it can."""
     problems = []
     if config.stages > model.num_layers:
-        stages = "1 stage" if config.stages_here == 1 else f"{config.stages_here} stages"
+        stages = "1 stage"
+        if config.stages_here != 1:
+            stages = f"{config.stages_here} stages"
         problems.append(
             f"parallel.pp {config.pp} with {stages} a rank makes {config.stages} stages of"
             f" {model.num_layers} layers, and each stage needs one; lower parallel.pp"

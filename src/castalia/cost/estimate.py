@@ -127,7 +127,10 @@ def device_of(work: Workload) -> str:
     """`cpu` or `cuda`; auto means cuda if NVIDIA's driver is loaded."""
     if work.device != "auto":
         return work.device
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    # The driver's device file: torch, which would know, takes seconds to import.
+    if Path("/dev/nvidiactl").exists():
+        return "cuda"
+    return "cpu"
 
 
 def degrees_of(work: Workload, processes: int) -> Degrees:
@@ -194,7 +197,9 @@ def split_parameters(costs: Costs, tp: int) -> int:
 
 def expert_parameters(costs: Costs, tp: int) -> int:
     """Weights of a layer's experts on one of `tp` ranks."""
-    return costs.experts // tp if costs.experts_split else costs.experts
+    if costs.experts_split:
+        return costs.experts // tp
+    return costs.experts
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:
@@ -209,8 +214,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     own = stored_weights(work, weights, alone) // shards
     # On one rank masters stand beside the bf16 weights; on several they are the shards.
     masters = trained if work.parameters == "bf16" and alone else 0
-    narrow = work.gradients == "bf16" if alone else work.parameters == "bf16_stochastic"
-    gradients = trained // 2 if narrow else trained
+    gradients = gradient_bytes(work, trained, alone)
     head = 4 * head_outputs(model) * model.hidden_size // degrees.tp
     tokens = rows * work.seq_length // (degrees.cp * degrees.tp)
     copies = 0
@@ -225,11 +229,9 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         kept_bytes(costs, work, layer, tokens, rows, device, degrees)
         for layer, costs in enumerate(stage_costs(model, degrees))
     ]
-    gathered = weights.blocks + weights.experts // degrees.ep
-    if work.parallel.reshard_after_forward:
-        # FSDP2 prefetches: the block that computes and the next one are whole at the same time.
-        gathered = 2 * weights.largest
-    gathered = 0 if alone else weights.root + gathered
+    gathered = 0
+    if not alone:
+        gathered = gathered_bytes(work, weights, degrees)
     if reads_narrow:
         gathered //= 2
     common = {
@@ -242,19 +244,45 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     logits_at_once = min(
         tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)
     )
+    # With one micro-batch the blocks have no gradients yet while the head computes its own.
+    waiting = 0
+    if steps > 1:
+        waiting = gradients
     at_head = Memory(
         **common,
-        gradients=head + (gradients if steps > 1 else 0),
+        gradients=head + waiting,
         activations=activation_bytes(work, degrees, tokens, blocks) * at_once,
         logits=vocabulary * size * logits_at_once,
     )
+    root = 0
+    if not alone:
+        root = weights.root
     at_end = Memory(
         **common,
-        gradients=gradients + (0 if alone else weights.root),
+        gradients=gradients + root,
         activations=2 * max(block.all for block in blocks),
         logits=0,
     )
     return max(at_head, at_end, key=lambda memory: memory.total)
+
+
+def gradient_bytes(work: Workload, trained: int, alone: bool) -> int:
+    """Bytes of a rank's gradients between micro-batches; `trained` are those in fp32."""
+    # FSDP2 keeps sharded gradients in the dtype of the parameters.
+    narrow = work.parameters == "bf16_stochastic"
+    if alone:
+        narrow = work.gradients == "bf16"
+    if narrow:
+        return trained // 2
+    return trained
+
+
+def gathered_bytes(work: Workload, weights: StageWeights, degrees: Degrees) -> int:
+    """Bytes in fp32 of the weights that FSDP2 has gathered at a time."""
+    if work.parallel.reshard_after_forward:
+        # FSDP2 prefetches: the block that computes and the next one are whole at the same time.
+        return weights.root + 2 * weights.largest
+    return weights.root + weights.blocks + weights.experts // degrees.ep
 
 
 def copied_weights(model: ModelConfig, degrees: Degrees) -> int:
@@ -361,7 +389,11 @@ def kept_bytes(
         linear += probability_bytes(kept, work, layer, tokens)
     # Softmax in fp32, what is dropped of it, and the probabilities that are left.
     square = (4 + 1 + size) * kept.plain_heads * tokens
-    masked = tokens if work.document_mask else tokens // rows
+    # Documents differ from row to row, so each row needs a mask of its own.
+    if work.document_mask:
+        masked = tokens
+    else:
+        masked = tokens // rows
     square += size * kept.masked_heads * masked
     if device == "cpu" and kept.trained_bias:
         # torch's kernels for a CPU give a mask no gradient.

@@ -120,7 +120,10 @@ def recomputed(work: Workload) -> float:
 def speed(processes: int, gpus_per_node: int, gpu: Gpu) -> float:
     """Bytes a second that one rank sends in a group of neighbouring ranks."""
     # One link of the ring that leaves the node slows the whole collective down to the network.
-    return LINK * 1e9 * (gpu.node_gb if processes <= gpus_per_node else gpu.network_gb)
+    bandwidth = gpu.network_gb
+    if processes <= gpus_per_node:
+        bandwidth = gpu.node_gb
+    return LINK * 1e9 * bandwidth
 
 
 def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[str, float]:
@@ -138,7 +141,10 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     reduced += held
     if work.gathers_narrow or work.parameters != "fp32":
         gathered /= 2
-    narrow = 2 if work.gradients == "bf16" else 1
+    narrow = 1
+    # bf16 halves what a reduction sends; sums are fp32 otherwise.
+    if work.gradients == "bf16":
+        narrow = 2
     # Bytes of one number for each token of a micro-batch, and of its hidden states.
     number = rows * work.seq_length // degrees.cp * work.itemsize
     carried = family_of(work.model).carries(work.model)
@@ -222,7 +228,9 @@ def layouts(work: Workload, nodes: int, gpus_per_node: int) -> Iterator[Workload
 def expert_degrees(work: Workload, shards: int) -> list[int]:
     """Degrees of ep among `shards` ranks: powers of two, 1 alone without experts."""
     experts = getattr(work.model, "moe", None)
-    return [1] if experts is None else [n for n in powers(shards) if shards % n == 0]
+    if experts is None:
+        return [1]
+    return [n for n in powers(shards) if shards % n == 0]
 
 
 def passes_of(work: Workload, parallel: dict[str, int]) -> Iterator[Workload]:

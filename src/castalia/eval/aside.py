@@ -119,7 +119,9 @@ def store() -> dist.Store:
 def in_words(error: BaseException) -> str:
     """The first line of an error, with its kind where it is not one of ours."""
     lines = str(error).splitlines()
-    text = lines[0] if lines else ""
+    text = ""
+    if lines:
+        text = lines[0]
     if isinstance(error, CastaliaError):
         return text
     return f"{type(error).__name__}: {text}"
@@ -131,7 +133,9 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     python = random.getstate()
     numpy = np.random.get_state()
     cpu = torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.get_rng_state(device)
     try:
         yield
     finally:

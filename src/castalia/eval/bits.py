@@ -110,7 +110,10 @@ def batches(
         return len(window[0])
 
     order = sorted(windows, key=length)
-    alike = [list(group) for _, group in groupby(order, length)] if one_length else [order]
+    if one_length:
+        alike = [list(group) for _, group in groupby(order, length)]
+    else:
+        alike = [order]
     return [group[at : at + rows] for group in alike for at in range(0, len(group), rows)]
 
 

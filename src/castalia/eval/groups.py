@@ -39,7 +39,9 @@ class GroupWork(Work):
             members = [self.members[task.task_name] for task in group.get_all_tasks()]
             shots = {each.examples for each in members}
             # The harness names a number for a group only if its tasks agree.
-            common = shots.pop() if len(shots) == 1 else self.shots
+            common = self.shots
+            if len(shots) == 1:
+                common = shots.pop()
             # Of a task without the metric no document counts.
             counts = {
                 sum(each.documents() for each in members if metric.metric in each.metrics())
@@ -119,7 +121,9 @@ def aggregated(part: Part, rows: Sequence[Result]) -> dict[str, Any]:
     for row in rows:
         metrics = tasks.metrics.setdefault(row.task, {"sample_len": 0})
         metrics[f"{row.metric},{row.filter}"] = row.value
-        stderr = UNKNOWN if row.stderr is None else row.stderr
+        stderr: float | str = UNKNOWN
+        if row.stderr is not None:
+            stderr = row.stderr
         metrics[f"{row.metric}_stderr,{row.filter}"] = stderr
         # The harness weighs a task by all of its documents.
         metrics["sample_len"] = max(metrics["sample_len"], row.documents or 0)

@@ -105,7 +105,11 @@ def source_at(
     sizes = IndexedDataset(prefix).sizes.tolist()
     most = None
     if limit is not None:
-        most = math.ceil(len(sizes) * limit) if limit < 1 else int(limit)
+        # A limit below 1 is a share of the documents, as in the harness.
+        if limit < 1:
+            most = math.ceil(len(sizes) * limit)
+        else:
+            most = int(limit)
     chosen = choose_documents(sizes, windows.max_tokens, most)
     facts = (token_hash(os.path.abspath(prefix)), length, windows.max_tokens)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -174,7 +178,9 @@ def rows_of(source: Source, measured: SourceBits, labels: Labels, **more: Any) -
 def require_same_tokens(model: LanguageModel, prefix: str, dataset: IndexedDataset) -> None:
     """Raises  ConfigError if a token file was made with another tokenizer than the model's."""
     recorded = (read_record(prefix) or {}).get("tokenizer") or {}
-    own = None if model.tokenizer is None else model.tokenizer.sha256
+    own = None
+    if model.tokenizer is not None:
+        own = model.tokenizer.sha256
     if own and recorded.get("sha256") and recorded["sha256"] != own:
         raise ConfigError(
             f"{prefix} was made with another tokenizer ({recorded.get('name')}) than the model's;"
@@ -217,7 +223,9 @@ def counted_bytes(prefix: str, tokenizer: Tokenizer | None) -> NDArray[np.int64]
     end = recorded_end([prefix])
     if end is None and tokenizer is not None:
         end = tokenizer.eod_id
-    texts = None if tokenizer is None else TokenTexts(tokenizer)
+    texts = None
+    if tokenizer is not None:
+        texts = TokenTexts(tokenizer)
     counts = np.zeros(len(dataset), np.int64)
     for i in range(len(dataset)):
         ids = dataset[i]
@@ -225,5 +233,7 @@ def counted_bytes(prefix: str, tokenizer: Tokenizer | None) -> NDArray[np.int64]
             ids = ids[:-1]
         known, times = np.unique(ids, return_counts=True)
         sizes = [1 if texts is None else len(texts.bytes_of(int(token))) for token in known]
-        counts[i] = int(np.dot(sizes, times)) if len(known) else 0
+        counts[i] = 0
+        if len(known):
+            counts[i] = int(np.dot(sizes, times))
     return counts

@@ -128,7 +128,9 @@ def loaded(job: Job, share: Share) -> tuple[LanguageModel, Labels]:
     for failed in share.gather(reason):
         if failed is not None:
             raise failed
-    step = checkpoint.step if labels.step is None else labels.step
+    step = checkpoint.step
+    if labels.step is not None:
+        step = labels.step
     return model, labels._replace(
         step=step, variant=checkpoint.variant, checkpoint_hash=checkpoint.weights_hash
     )
@@ -217,14 +219,20 @@ def line(job: Job, item: Work, numbers: Measured, seconds: float) -> str:
 
     def order(row: Result) -> tuple[bool, int]:
         # What was asked for by name, then the usual metric.
-        place = SHOWN.index(row.metric) if row.metric in SHOWN else len(SHOWN)
+        # Metrics without a place in the list come last.
+        if row.metric in SHOWN:
+            place = SHOWN.index(row.metric)
+        else:
+            place = len(SHOWN)
         return row.task != item.name, place
 
     shown = sorted(numbers.results, key=order)
     texts = [f"{row.task} {row.metric} {number_text(row)}" for row in shown[:2]]
     if item.shots is not None:
         texts[0] = f"{item.shots}-shot {texts[0]}"
-    more = f", and {len(shown) - 2} more" if len(shown) > 2 else ""
+    more = ""
+    if len(shown) > 2:
+        more = f", and {len(shown) - 2} more"
     kind = ""
     if job.is_reference:
         kind = " (reference)"

@@ -48,7 +48,9 @@ def labels_of(path: str | os.PathLike[str], model: LanguageModel) -> Labels:
     path  as `castalia.load` takes it; a run folder with the model of any of its steps.
     """
     origin = origin_of(path)
-    step = origin.step if model.step is None else model.step
+    step = origin.step
+    if model.step is not None:
+        step = model.step
     return labels_at(path, origin, step, model.config)._replace(
         dtype=arithmetic(model.engine), engine=model.engine.name
     )
@@ -67,9 +69,13 @@ def labels_at(
     path: str | os.PathLike[str], origin: Origin, step: int | None, config: ModelConfig
 ) -> Labels:
     """The labels of one step of a model, without its engine."""
-    facts: dict[str, Any] = {} if origin.run is None else facts_of_run(origin.run)
+    facts: dict[str, Any] = {}
+    if origin.run is not None:
+        facts = facts_of_run(origin.run)
     per_step = facts.pop("tokens_per_step", None)
-    tokens = None if per_step is None or step is None else step * per_step
+    tokens = None
+    if per_step is not None and step is not None:
+        tokens = step * per_step
     return Labels(
         suite=origin.suite,
         model=origin.model,
@@ -108,7 +114,10 @@ def origin_of(path: str | os.PathLike[str]) -> Origin:
         name = folder.name
     # The folder of a step is no model: its parent is, or the one around `checkpoints`.
     elif STEP_FOLDER.fullmatch(place.name):
-        folder = place.parent.parent if place.parent.name in INSIDE else place.parent
+        if place.parent.name in INSIDE:
+            folder = place.parent.parent
+        else:
+            folder = place.parent
         name = folder.name
     return Origin(folder.parent.name, name, None, step_in(place.name))
 
@@ -123,7 +132,9 @@ def run_around(place: Path) -> Path | None:
     for run in candidates:
         if not is_run(run):
             continue
-        inner = place.relative_to(run).parts if place.is_relative_to(run) else ()
+        inner: tuple[str, ...] = ()
+        if place.is_relative_to(run):
+            inner = place.relative_to(run).parts
         # Other folders that lie in a run have models of their own.
         if not inner or inner[0] in INSIDE or step_in(inner[0]) is not None:
             return run
@@ -152,7 +163,9 @@ def step_in(name: str) -> int | None:
 def size_in(name: str) -> str | None:
     """The size that the name of a model says, such as `70m`, in lower case."""
     sizes = SIZE.findall(name)
-    return sizes[0].lower() if sizes else None
+    if sizes:
+        return sizes[0].lower()
+    return None
 
 
 def facts_of_run(run: Path) -> dict[str, int]:
@@ -173,7 +186,9 @@ def facts_of_run(run: Path) -> dict[str, int]:
 def start_seed_in(config: Mapping[str, Any]) -> int | None:
     """The seed of the start weights in the values of a run's config, as `RunConfig.start_seed`."""
     seed = config.get("weight_seed")
-    return config.get("seed") if seed is None else seed
+    if seed is None:
+        return config.get("seed")
+    return seed
 
 
 def config_of_run(run: Path) -> dict[str, Any]:
@@ -223,10 +238,15 @@ def ahead(path: str, how: Arithmetic) -> tuple[str, str | None]:
     The dtype is None for an export, whose engine decides it on each machine. An engine that
     engine=auto turns out not to have is another one; such a checkpoint is evaluated again.
     """
-    export = None if is_hub_id(path) else open_export(Path(path), check=False)
+    export = None
+    if not is_hub_id(path):
+        export = open_export(Path(path), check=False)
     if export is not None and not is_read_as_model(export, how.engine):
         engine = engine_of_export(export.kind)
-        return how.engine if engine is None else engine.name, None
+        name = how.engine
+        if engine is not None:
+            name = engine.name
+        return name, None
     engine = engine_for(how.engine, how.dtype)
     words = [how.dtype or engine.dtypes[0]]
     if how.cache not in (None, *engine.caches[:1]):
@@ -254,4 +274,6 @@ def pinned(path: str | os.PathLike[str], origin: Origin, step: int | None) -> st
 def shown(place: Path) -> str:
     """A path below this directory as relative to it, any other as it is."""
     here = Path.cwd()
-    return str(place.relative_to(here)) if place.is_relative_to(here) else str(place)
+    if place.is_relative_to(here):
+        return str(place.relative_to(here))
+    return str(place)

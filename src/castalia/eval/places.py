@@ -151,7 +151,9 @@ def checkpoints_of(
     Raises  CheckpointError for a path without a checkpoint, or a step that does not exist;
             ConfigError for malformed steps.
     """
-    asked = None if steps is None else Steps.of(steps)
+    asked = None
+    if steps is not None:
+        asked = Steps.of(steps)
     found: dict[str, Checkpoint] = {}
     for path in paths:
         text = os.fspath(path)
@@ -159,7 +161,9 @@ def checkpoints_of(
             text = str(local_alone(text, steps))
         members = series_of(text, listed=asked is not None)
         # A folder of several models keeps their results together.
-        suite = Path(text) if members is None else None
+        suite = None
+        if members is None:
+            suite = Path(text)
         for series in members or models_in(Path(text)):
             for place in chosen_paths(series, asked):
                 checkpoint = checkpoint_at(place, series, suite, store)
@@ -237,7 +241,9 @@ def series_of(text: str, *, listed: bool = True) -> list[Series] | None:
         assert step is not None
         return [Series(text, text, {step: text})]
     numbered = steps_in(path)
-    return [by_folder(path, numbered)] if numbered else None
+    if numbered:
+        return [by_folder(path, numbered)]
+    return None
 
 
 def alone(path: Path) -> Series:
@@ -264,7 +270,10 @@ def by_folder(folder: Path, steps: Mapping[int, str]) -> Series:
     """A folder of step folders, such as exports of a run or GPT-NeoX's `save`."""
     # GPT-NeoX's `latest` decides which one the folder means.
     foreign = find_foreign(folder)
-    newest = steps[max(steps)] if foreign is None else str(foreign[1])
+    if foreign is None:
+        newest = steps[max(steps)]
+    else:
+        newest = str(foreign[1])
     return Series(str(folder), newest, steps)
 
 
@@ -282,7 +291,9 @@ def hub_series(text: str) -> Series:
     commits: dict[str, str] = {}
     for name, commit in branches(text).items():
         named = STEP_FOLDER.fullmatch(name)
-        place = text if named is None else f"{text}@{name}"
+        place = text
+        if named is not None:
+            place = f"{text}@{name}"
         if named is not None:
             steps[int(named[1])] = place
         if named is not None or name == "main":

@@ -13,4 +13,6 @@ def eval_section(run: Path) -> dict[str, Any]:
     run  the absolute path of its folder; paths in the section hold from this directory.
     """
     section = anchored(config_of_run(run), run).get("eval")
-    return dict(section) if isinstance(section, dict) else {}
+    if isinstance(section, dict):
+        return dict(section)
+    return {}

@@ -54,7 +54,9 @@ class Share(NamedTuple):
             answers = function([items[i] for i in own])
         except Exception as error:  # the other ranks wait in `gather` and have to hear of it
             failure = error
-        text = None if failure is None else repr(failure)
+        text = None
+        if failure is not None:
+            text = repr(failure)
         parts = self.gather((digest_of(items), own, answers, text))
         if failure is not None:
             raise failure

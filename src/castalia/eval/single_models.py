@@ -46,9 +46,14 @@ def record_of(path: str) -> dict[str, Any] | None:
     """The record of an export, of its folder or its GGUF file; None for anything else."""
     if is_hub_id(path):
         return None
-    folder = Path(path).parent if path.endswith(".gguf") else Path(path)
+    if path.endswith(".gguf"):
+        folder = Path(path).parent
+    else:
+        folder = Path(path)
     # Whoever loads the model checks the record.
-    return read_record(folder, check=False) if (folder / RECORD).is_file() else None
+    if (folder / RECORD).is_file():
+        return read_record(folder, check=False)
+    return None
 
 
 def recorded_step(place: Path) -> int | None:
@@ -56,8 +61,12 @@ def recorded_step(place: Path) -> int | None:
     record = record_of(str(place))
     if record is not None:
         step = record.get("step")
-        return step if isinstance(step, int) else None
-    return read_manifest(place).step if (place / COMPLETE).is_file() else None
+        if isinstance(step, int):
+            return step
+        return None
+    if (place / COMPLETE).is_file():
+        return read_manifest(place).step
+    return None
 
 
 def variant_of(path: str) -> str:
@@ -97,7 +106,9 @@ def weight_files(place: Path) -> list[Path]:
 def weight_bytes(path: str) -> int:
     """Bytes of the files of weights; 0 for a hub id."""
     place = Path(path)
-    return sum(file.stat().st_size for file in weight_files(place)) if place.exists() else 0
+    if place.exists():
+        return sum(file.stat().st_size for file in weight_files(place))
+    return 0
 
 
 def sampled_hash(files: Iterable[Path]) -> str:

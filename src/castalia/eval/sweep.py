@@ -70,7 +70,10 @@ def sweep(
     Raises      CheckpointError if a checkpoint is missing; DataError if a token file is damaged.
     """
     run = Path(run)
-    wanted = complete_steps(run / "checkpoints") if steps is None else sorted(set(steps))
+    if steps is None:
+        wanted = complete_steps(run / "checkpoints")
+    else:
+        wanted = sorted(set(steps))
     if not wanted:
         raise CheckpointError(f"{run} has no complete checkpoint to evaluate; train it first")
     options = SweepOptions(seq_length, max_tokens, bf16, engine, dtype)
@@ -129,6 +132,7 @@ def measure(
     """One checkpoint's numbers by source."""
     path = find_checkpoint(run / str(step))
     loaded = load_exact(path, engine=options.engine, dtype=options.dtype)
+    # The module itself reads many windows in one pass; an engine one text at a time.
     model = loaded.model if options.engine == "torch" else loaded.engine
     # As in training: weights stay in float32, matrix products run in bfloat16.
     with torch.autocast(loaded.engine.device.type, torch.bfloat16, enabled=options.bf16):

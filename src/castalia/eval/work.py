@@ -141,7 +141,9 @@ class HarnessWork(Work):
 
         count = len(self.task.eval_docs)
         limit = get_sample_size(self.task, self.options.limit)
-        return count if limit is None else min(count, limit)
+        if limit is None:
+            return count
+        return min(count, limit)
 
     def requests(self, checkpoint: Checkpoint) -> int:
         """See `Work`."""

@@ -67,7 +67,9 @@ def write_card(
 
 def front_matter(kind: type[Format], source: SavedModel) -> list[str]:
     """The metadata that the Hugging Face hub reads at the top of a card."""
-    task = "text-classification" if source.config.head == "score" else "text-generation"
+    task = "text-generation"
+    if source.config.head == "score":
+        task = "text-classification"
     return [
         "---",
         f"library_name: {kind.library}",
@@ -117,6 +119,8 @@ def certificate_lines(certificate: Certificate | None) -> list[str]:
 
 def provenance(source: SavedModel, hashes: Mapping[str, str]) -> list[str]:
     """The checkpoint and its hashes, without the folder's path on this machine."""
-    step = "" if source.step is None else f", step {source.step}"
+    step = ""
+    if source.step is not None:
+        step = f", step {source.step}"
     lines = [f"Made from `{source.folder.name}`{step}. SHA-256 of what was read:", ""]
     return lines + [f"- `{name}` `{digest}`" for name, digest in hashes.items()]

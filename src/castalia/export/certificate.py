@@ -104,7 +104,9 @@ class Certificate:
     @property
     def difference(self) -> float:
         """The largest difference; infinite where it is unknown."""
-        return inf if self.largest_difference is None else self.largest_difference
+        if self.largest_difference is None:
+            return inf
+        return self.largest_difference
 
     def line(self) -> str:
         """One sentence for the card and for errors."""
@@ -164,7 +166,9 @@ def described(end: End) -> dict[str, Any]:
         "numbers": end.reader.numbers,
         "sha256": dict(end.sha256),
     }
-    return values if end.reader.note is None else values | {"note": end.reader.note}
+    if end.reader.note is None:
+        return values
+    return values | {"note": end.reader.note}
 
 
 def fixed_prompts(vocab_size: int, limit: int) -> list[list[int]]:

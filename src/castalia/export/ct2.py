@@ -55,7 +55,9 @@ def ct2_keymap(config: TransformerConfig) -> KeyMap:
     Raises  ConfigError if the specification has no place for a part of the family's blocks.
     """
     norms = norm_places(config)
-    linears = GATED_LINEARS if config.gated else LINEARS
+    linears = LINEARS
+    if config.gated:
+        linears = GATED_LINEARS
     parts = parts_of(config, linears | norms, "CTranslate2")
     rules = [Rule("embed.weight", "decoder/embeddings/weight")]
     if not config.tie_word_embeddings:

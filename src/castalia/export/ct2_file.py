@@ -11,9 +11,9 @@ Source  CTranslate2 4.8, python/ctranslate2/specs/model_spec.py.
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -106,12 +106,17 @@ def has_scale(name: str, quantization: str) -> bool:
 def stored(name: str, tensor: Tensor, quantization: str) -> tuple[Variable, Variable | None]:
     """A tensor as the file holds it, and its scale."""
     if has_scale(name, quantization):
-        convert = to_int16 if quantization == "int16" else to_int8
+        convert: Callable[[Any], tuple[Any, Any]] = to_int8
+        if quantization == "int16":
+            convert = to_int16
         values, scale = convert(floats(tensor))
         return as_variable(values), as_variable(scale)
     kind = FLOATS[quantization] or str(tensor.dtype).removeprefix("torch.")
     rounded = tensor.detach().to("cpu", getattr(torch, kind)).contiguous()
-    raw = rounded.view(torch.int16) if kind == "bfloat16" else rounded  # numpy has no bfloat16
+    raw = rounded
+    # numpy has no bfloat16; its bits travel as int16.
+    if kind == "bfloat16":
+        raw = rounded.view(torch.int16)
     return Variable(kind, tuple(tensor.shape), raw.numpy().tobytes()), None
 
 

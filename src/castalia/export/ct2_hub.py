@@ -109,7 +109,9 @@ class CT2fromHfHub:
             check_export(self.folder)
         if tokenizer is None and not (self.folder / TOKENIZER).is_file():
             raise ConfigError(f"{self.folder} has no {TOKENIZER}; give tokenizer=")
-        self.tokenizer: Any = OwnTokenizer(self.folder) if tokenizer is None else tokenizer
+        self.tokenizer: Any = tokenizer
+        if tokenizer is None:
+            self.tokenizer = OwnTokenizer(self.folder)
         try:
             self.model = getattr(ctranslate2, self.engine)(
                 str(self.folder),
@@ -163,13 +165,19 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         beam_size, …), with its defaults. An empty text starts from the end-of-document token.
         Raises  ConfigError for a keyword or a value that the engine does not accept.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        if isinstance(text, str):
+            texts = [text]
+        else:
+            texts = list(text)
         prompts = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
         results = self.run(
             [prompt or self.start() for prompt in prompts], dict(generate_batch_kwargs)
         )
         continued = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
-        return continued[0] if isinstance(text, str) else continued
+        # A string for a string, a list for a list, as the original returns them.
+        if isinstance(text, str):
+            return continued[0]
+        return continued
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
@@ -247,11 +255,16 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
         The other keywords are those of ctranslate2.Translator.translate_batch, with its defaults.
         Raises  ConfigError for a keyword or a value that the engine does not accept.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        if isinstance(text, str):
+            texts = [text]
+        else:
+            texts = list(text)
         tokens = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
         results = called(self.model.translate_batch, tokens, translate_batch_kwargs)
         translations = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
-        return translations[0] if isinstance(text, str) else translations
+        if isinstance(text, str):
+            return translations[0]
+        return translations
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
@@ -272,7 +285,9 @@ def tokens_of(tokenizer: object, rows: int) -> int:
 
     The length of a tokenizer counts added tokens, which transformers' vocab_size omits.
     """
-    sized = len(tokenizer) if isinstance(tokenizer, Sized) else 0
+    sized = 0
+    if isinstance(tokenizer, Sized):
+        sized = len(tokenizer)
     return max(sized, getattr(tokenizer, "vocab_size", rows))
 
 
@@ -314,7 +329,9 @@ def available(ctranslate2: Any, device: str, compute_type: str) -> tuple[str, st
     gpus = ctranslate2.get_cuda_device_count()
     place = device
     if device == "auto":
-        place = "cuda" if gpus else "cpu"
+        place = "cpu"
+        if gpus:
+            place = "cuda"
     if place == "cuda" and not gpus:
         warnings.warn(
             "device='cuda', but CTranslate2 finds no GPU here: the model runs on the CPU",
@@ -326,7 +343,9 @@ def available(ctranslate2: Any, device: str, compute_type: str) -> tuple[str, st
     if compute_type == "default":
         return place, compute_type
     if compute_type not in ctranslate2.get_supported_compute_types(place):
-        nearest = "int8" if compute_type.startswith("int") else "float32"
+        nearest = "float32"
+        if compute_type.startswith("int"):
+            nearest = "int8"
         warnings.warn(
             f"compute_type={compute_type!r} does not run on this {place}; using {nearest!r}",
             stacklevel=3,
@@ -340,11 +359,15 @@ def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
 
     Raises  CheckpointError if `name` is not a model.
     """
-    folder = hub_folder(name, **hub_kwargs) if is_hub_id(name) else Path(name)
+    if is_hub_id(name):
+        folder = hub_folder(name, **hub_kwargs)
+    else:
+        folder = Path(name)
     if (folder / MODEL).is_file():
         return folder
     source = open_model(folder)
-    numbers = "int8" if numbers == "default" else numbers
+    if numbers == "default":
+        numbers = "int8"
     if is_hf_folder(folder):
         digest = "-".join(value[:12] for value in source.hashes().values())
         place = cache_folder() / f"{folder.resolve().name}-{digest}"[:120] / f"ct2-{numbers}"

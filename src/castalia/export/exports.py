@@ -126,14 +126,18 @@ def export(
         True
     """
     spec = checked_spec(to, options)
-    hub = None if push is None else Hub.open(replace(push, force=push.force or force))
+    hub = None
+    if push is not None:
+        hub = Hub.open(replace(push, force=push.force or force))
     if is_hub_id(checkpoint):
         checkpoint = hub_folder(str(checkpoint))
     elif is_remote(checkpoint):
         if output is None:
             raise ConfigError(f"{checkpoint} is a URL; give --output for its export")
         checkpoint = local_alone(str(checkpoint), steps)
-    name = to if spec.kind.option == "dtype" else f"{to}-{spec.numbers}"
+    name = to
+    if spec.kind.option != "dtype":
+        name = f"{to}-{spec.numbers}"
     places = destinations(checkpoint, output, name, steps)
     if hub is not None:
         hub.require_one_revision(len(places))
@@ -158,7 +162,9 @@ def exported(
         done = earlier.get(place.folder) or write_export(place, spec)
         if hub is not None:
             # Several exports are folders step1000 and so on, the names of Pythia's revisions.
-            step = place.folder.name if len(places) > 1 else None
+            step = None
+            if len(places) > 1:
+                step = place.folder.name
             done = replace(done, pushed=hub.upload(done, step))
         yield done
 

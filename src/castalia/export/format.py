@@ -46,7 +46,9 @@ class Format(ABC):
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
         """Why the format cannot hold a model of `config` in `numbers`, or None if it can."""
         engine = cls.engine()
-        return None if engine is None else engine.refuses(config)
+        if engine is None:
+            return None
+        return engine.refuses(config)
 
     @classmethod
     def expressed(cls, config: ModelConfig) -> tuple[ModelConfig, list[str]]:

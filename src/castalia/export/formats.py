@@ -267,7 +267,9 @@ class Gguf(Format):
         """See `Format`."""
         notes = super().notes(source)
         notes += lost_numerics(source.config, "alibi_numerics", "ALiBi's biases")
-        difference = None if source.tokenizer is None else differences(source.tokenizer)
+        difference = None
+        if source.tokenizer is not None:
+            difference = differences(source.tokenizer)
         if difference is not None:
             notes.append(
                 f"{difference}: programs other than Castalia split text differently; give them"

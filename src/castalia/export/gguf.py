@@ -109,7 +109,9 @@ def kind_of(name: str, tensor: Tensor, quantization: str) -> str:
     """How a tensor is stored: vectors, positions, routers, and what only float32 is read of always
     in F32."""
     exact = name == POSITIONS or ROUTER in name or FLOATS.search(name)
-    return quantization if tensor.dim() > 1 and not exact else "F32"
+    if tensor.dim() > 1 and not exact:
+        return quantization
+    return "F32"
 
 
 def size_of(tensor: Tensor, kind: str) -> int:
@@ -140,7 +142,9 @@ def encoded(tensor: Tensor, kind: str) -> bytes:
     if kind == "F16":
         return values.half().numpy().tobytes()
     blocks = values.reshape(-1, BLOCK)
-    return (q8_0(blocks) if kind == "Q8_0" else q4_0(blocks)).tobytes()
+    if kind == "Q8_0":
+        return q8_0(blocks).tobytes()
+    return q4_0(blocks).tobytes()
 
 
 def q8_0(blocks: Tensor) -> np.ndarray[Any, Any]:

@@ -136,7 +136,9 @@ def pairs_adjacent(config: TransformerConfig) -> Callable[[LinearPart], Transfor
         return heads.transpose(1, 2).reshape(tensor.shape)
 
     def order(part: LinearPart) -> Transform:
-        return Transform(adjacent, apart) if part.role in ("q", "k") else row_order(part)
+        if part.role in ("q", "k"):
+            return Transform(adjacent, apart)
+        return row_order(part)
 
     return order
 
@@ -179,13 +181,17 @@ def multiply(
 
 def layer_of(name: str) -> int:
     """Number of the layer that a tensor belongs to, -1 outside the layers."""
-    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+    if name.startswith("blk."):
+        return int(name.split(".")[1])
+    return -1
 
 
 def shape_values(config: TransformerConfig) -> Metadata:
     """The model's shape under the keys of its architecture."""
     architecture = architecture_of(config)
-    epsilon = "layer_norm_rms_epsilon" if config.norm == "rmsnorm" else "layer_norm_epsilon"
+    epsilon = "layer_norm_epsilon"
+    if config.norm == "rmsnorm":
+        epsilon = "layer_norm_rms_epsilon"
     values: Metadata = {
         "context_length": (UINT32, config.max_position_embeddings),
         "vocab_size": (UINT32, config.padded_vocab_size),
@@ -249,7 +255,9 @@ def rotary_values(config: TransformerConfig, architecture: Architecture) -> Meta
             "rope.scaling.factor": (FLOAT32, scaling.factor),
         }
     if architecture.frequency_factors:
-        factor = yarn_factor(scaling) if scaling.kind == "yarn" else 1.0
+        factor = 1.0
+        if scaling.kind == "yarn":
+            factor = yarn_factor(scaling)
         return values | {"rope.scaling.attn_factor": (FLOAT32, factor)}
     return values | yarn_values(scaling, config.max_position_embeddings)
 

@@ -90,7 +90,9 @@ def token_kinds(tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
                 kinds[i] = BYTE
     if not isinstance(tokenizer, OtherTokenizer):
         for i, token in tokenizer.inner.get_added_tokens_decoder().items():
-            kinds[i] = CONTROL if token.special else USER_DEFINED
+            kinds[i] = USER_DEFINED
+            if token.special:
+                kinds[i] = CONTROL
     for control in (tokenizer.eod_id, special.start_id, *special.end_ids):
         if control is not None:
             kinds[control] = CONTROL
@@ -120,7 +122,9 @@ def parts(section: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]
     """The steps of a normalizer or pre-tokenizer, one after the other."""
     if section is None:
         return []
-    return list(section[key]) if section.get("type") == "Sequence" else [section]
+    if section.get("type") == "Sequence":
+        return list(section[key])
+    return [section]
 
 
 def split_name(described: Mapping[str, Any]) -> str | None:
@@ -134,11 +138,17 @@ def split_name(described: Mapping[str, Any]) -> str | None:
     if kinds == ["ByteLevel"]:
         # Without merges every byte is a token, however the text is cut.
         cut = steps[0].get("use_regex", True) or not merges(described)
-        return GPT2 if cut and not whole else None
+        if cut and not whole:
+            return GPT2
+        return None
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        return SPLITS.get((steps[0]["pattern"].get("Regex"), whole)) if isolated else None
-    return "falcon" if kinds == ["Punctuation", "ByteLevel", "Digits", "Split"] else None
+        if isolated:
+            return SPLITS.get((steps[0]["pattern"].get("Regex"), whole))
+        return None
+    if kinds == ["Punctuation", "ByteLevel", "Digits", "Split"]:
+        return "falcon"
+    return None
 
 
 def is_sentencepiece(described: Mapping[str, Any]) -> bool:
@@ -175,7 +185,9 @@ def own_pieces(tokenizer: Tokenizer) -> Pieces | None:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
     pieces = read_pieces(tokenizer)
-    return pieces if pieces.bpe and pieces.all_bytes else None
+    if pieces.bpe and pieces.all_bytes:
+        return pieces
+    return None
 
 
 def piece_values(pieces: Pieces, rows: int) -> Metadata:
@@ -226,7 +238,9 @@ def differences(tokenizer: Tokenizer) -> str | None:
     """Why other programs would split a text differently, in a few words; None if they do not."""
     pieces = own_pieces(tokenizer)
     if pieces is not None:
-        return "the file has no word for this tokenizer's normalizer" if pieces.normalized else None
+        if pieces.normalized:
+            return "the file has no word for this tokenizer's normalizer"
+        return None
     described = description(tokenizer)
     if is_sentencepiece(described):
         return sentencepiece_difference(described)

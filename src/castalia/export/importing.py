@@ -147,7 +147,9 @@ def require_options(
 
 def is_neox(path: str | Path) -> bool:
     """Whether a path means a GPT-NeoX checkpoint, be it whole or not."""
-    foreign = None if is_hub_id(path) or is_hf_folder(Path(path)) else find_foreign(Path(path))
+    foreign = None
+    if not is_hub_id(path) and not is_hf_folder(Path(path)):
+        foreign = find_foreign(Path(path))
     return foreign is not None and foreign[0] is FORMATS["neox"]
 
 
@@ -179,7 +181,9 @@ def require_replaceable(folder: Path, force: bool) -> None:
             " it; choose another output"
         )
     if extra := not_written_here(folder):
-        more = " and more" if len(extra) > 3 else ""
+        more = ""
+        if len(extra) > 3:
+            more = " and more"
         raise ConfigError(
             f"{folder} holds {', '.join(extra[:3])}{more}, which its import did not write and"
             " --force would delete; move it away, or choose another output"
@@ -289,7 +293,9 @@ def described(
     begin: float,
 ) -> Imported:
     """Write card and record; returns the import with its certificate and time."""
-    values = None if certificate is None else certificate.as_dict()
+    values = None
+    if certificate is not None:
+        values = certificate.as_dict()
     seconds = round(time.perf_counter() - begin, 3)
     done = replace(done, certificate=values, seconds=seconds)
     write_card(folder, source, done, certificate)

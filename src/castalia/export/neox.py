@@ -47,7 +47,9 @@ def write_neox(
     Raises  ConfigError if the ranks do not divide the model.
     """
     require_one_norm(config, tensors)
-    built = expressed(config) if isinstance(config, TransformerConfig) else config
+    built = config
+    if isinstance(config, TransformerConfig):
+        built = expressed(config)
     layout = layout_of(built, shape.model_parallel_size)
     place = folder / tag_of(step)
     (place / CONFIGS).mkdir(parents=True)
@@ -69,7 +71,9 @@ def write_neox(
             # Files of further stages hold no weights, but DeepSpeed opens that of each.
             number = stage * ranks + rank
             torch.save(rank_state(module, shape, step), place / rank_file(number))
-    ids = config.vocab_size if tokenizer is None else len(tokenizer.ids)
+    ids = config.vocab_size
+    if tokenizer is not None:
+        ids = len(tokenizer.ids)
     options = neox_options(config, shape, dtype, ids) | TRAINING
     if tokenizer is not None:
         options |= tokenizer_options(folder, tokenizer)

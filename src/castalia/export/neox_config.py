@@ -90,7 +90,9 @@ def neox_lacks(config: ModelConfig) -> str | None:
 
 def rope_kind(config: TransformerConfig) -> str | None:
     """The kind of the scaled frequencies."""
-    return None if config.rope_scaling is None else config.rope_scaling.kind
+    if config.rope_scaling is None:
+        return None
+    return config.rope_scaling.kind
 
 
 def square_heads(config: TransformerConfig) -> bool:
@@ -247,7 +249,9 @@ def position_options(config: TransformerConfig) -> dict[str, Any]:
 
 def whole(number: float) -> float | int:
     """A number as GPT-NeoX's options are typed: its rotary base is an integer."""
-    return int(number) if float(number).is_integer() else number
+    if float(number).is_integer():
+        return int(number)
+    return number
 
 
 def attention_options(config: TransformerConfig) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def norm_rules(norm: NormPart, theirs: str, kinds: Mapping[str, str]) -> list[Ru
 
     `theirs` has {i} if the norm stands in every layer.
     """
-    ours = norm.place if norm.role == "final_norm" else f"layers.{{i}}.{norm.place}"
+    if norm.role == "final_norm":
+        ours = norm.place
+    else:
+        ours = f"layers.{{i}}.{norm.place}"
     return [Rule(f"{ours}.{kind}", theirs + kinds[kind]) for kind in norm.kinds]
 
 

@@ -39,10 +39,16 @@ def destinations(
     step = find_checkpoint(checkpoint)
     if steps is None and output is not None:
         return [Destination(step, Path(output))]
-    base = Path(output) if output is not None else default_place(step, name)
+    if output is not None:
+        base = Path(output)
+    else:
+        base = default_place(step, name)
     if steps is None:
         return [Destination(step, base / revision(step))]
-    chosen = complete_steps(step.parent) if steps == "all" else sorted(set(steps))
+    if steps == "all":
+        chosen = complete_steps(step.parent)
+    else:
+        chosen = sorted(set(steps))
     folders = [find_checkpoint(step.parent / step_name(number)) for number in chosen]
     return [Destination(folder, base / revision(folder)) for folder in folders]
 

@@ -100,7 +100,9 @@ class Local:
     def size(self) -> int:
         """Bytes."""
         content = self.content
-        return len(content) if isinstance(content, bytes) else content.stat().st_size
+        if isinstance(content, bytes):
+            return len(content)
+        return content.stat().st_size
 
     def is_same(self, there: Any) -> bool:
         """Whether a file of the hub has this content, by size and hash."""
@@ -109,7 +111,10 @@ class Local:
         if there.lfs is not None:
             return bool(there.lfs.sha256 == self.sha256)
         content = self.content
-        data = content if isinstance(content, bytes) else content.read_bytes()
+        if isinstance(content, bytes):
+            data = content
+        else:
+            data = content.read_bytes()
         return bool(there.blob_id == git_hash(data))
 
 
@@ -389,5 +394,7 @@ def stale_weights(there: Mapping[str, Any], local: Mapping[str, Local], to: str)
 
 def message_of(done: Exported) -> str:
     """The message of the commit."""
-    step = "" if done.step is None else f", step {done.step}"
+    step = ""
+    if done.step is not None:
+        step = f", step {done.step}"
     return f"{done.to} {done.numbers} of {Path(done.checkpoint).name}{step}"

@@ -97,7 +97,9 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
         return None
     if not keeps(done.certificate, "largest_difference", spec.max_difference):
         return None
-    return done if hashes_of(folder) == record.get(HASHES) else None
+    if hashes_of(folder) == record.get(HASHES):
+        return done
+    return None
 
 
 def is_as_asked(record: Mapping[str, Any], checkpoint: Path, spec: ExportSpec) -> bool:
@@ -120,5 +122,7 @@ def keeps(measured: Mapping[str, Any] | None, key: str, bound: float | None) -> 
     """Whether a measured number is at most `bound`; true without a bound."""
     if bound is None:
         return True
-    number = None if measured is None else measured.get(key)
+    number = None
+    if measured is not None:
+        number = measured.get(key)
     return number is not None and number <= bound

@@ -31,7 +31,9 @@ class RwkvFile(Format):
         if config.family not in FAMILIES:
             return f"{SUFFIX} files of RWKV hold model.family rwkv6 and rwkv7, not {config.family}"
         assert isinstance(config, BlocksConfig)
-        epsilon = 64e-5 if config.rwkv6 is None else config.rwkv6.head_epsilon
+        epsilon = 64e-5
+        if config.rwkv6 is not None:
+            epsilon = config.rwkv6.head_epsilon
         assumed = {
             "head": (config.head, "vocab"),
             "norm": (config.norm, "layernorm"),
@@ -59,6 +61,9 @@ def write_rwkv(path: Path, source: SavedModel, dtype: torch.dtype) -> None:
     for ours, theirs in names_of(source.config).items():
         # Every file has a head of its own.
         tied = ours == "unembed.weight" and source.config.tie_word_embeddings
-        own = source.tensors["embed.weight" if tied else ours].to(dtype)
+        name = ours
+        if tied:
+            name = "embed.weight"
+        own = source.tensors[name].to(dtype)
         tensors[theirs] = as_theirs(ours, own).contiguous()
     torch.save(tensors, path)

@@ -75,7 +75,9 @@ def transformers_reader(folder: Path, numbers: str, head: str) -> Reader:
             out: Tensor = model.score(hidden).float()
             return out
 
-        return scores if head == "score" else logits
+        if head == "score":
+            return scores
+        return logits
 
     return Reader(f"transformers {library.__version__}", numbers, opened)
 

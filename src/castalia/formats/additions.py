@@ -113,7 +113,10 @@ def modules_of_layer(
     def theirs(role: str) -> str:
         return f"{block}.{places.parts[role]}"
 
-    join = None if config.fused_qkv else form.join(config)
+    # A fused matrix of ours is joined already.
+    join = None
+    if not config.fused_qkv:
+        join = form.join(config)
     if config.fused_qkv and not form.fused:
         heads = by_key_head(config.num_attention_heads, config.num_attention_heads)
         yield Modules((ours.pop("qkv"),), tuple(theirs(role) for role in JOINED), heads)
@@ -191,10 +194,15 @@ def joined_rows(
             column = last
         ups.append(up)
         if any(other.magnitude is not None for other in known):
-            own = None if addition is None else addition.magnitude
-            magnitudes.append(lengths(name) if own is None else own.float())
+            if addition is not None and addition.magnitude is not None:
+                magnitudes.append(addition.magnitude.float())
+            else:
+                # A matrix that the adapter left alone keeps the lengths of its rows.
+                magnitudes.append(lengths(name))
     down = torch.cat([addition.down.float() for addition in known])
-    magnitude = join.out(magnitudes).contiguous() if magnitudes else None
+    magnitude = None
+    if magnitudes:
+        magnitude = join.out(magnitudes).contiguous()
     return Addition(down, join.out(ups).contiguous(), scale, magnitude)
 
 

@@ -153,7 +153,9 @@ def require_recorded(path: Path, files: Iterable[Path]) -> None:
     Raises  CheckpointError naming the first.
     """
     folder = folder_of_record(path)
-    hashes = {} if folder is None else read_record(folder).get(HASHES, {})
+    hashes = {}
+    if folder is not None:
+        hashes = read_record(folder).get(HASHES, {})
     for file in files:
         if folder is None or not hashes or not file.is_relative_to(folder):
             continue

@@ -63,7 +63,9 @@ def folded(source: SavedModel) -> SavedModel:
     for name in source.tensors:
         stored = source.tensors.stored(name)
         factor = factors.get(name.removeprefix(layer_of(name)))
-        tensors[name] = stored if factor in (None, 1.0) else Multiplied(stored, factor)
+        tensors[name] = stored
+        if factor not in (None, 1.0):
+            tensors[name] = Multiplied(stored, factor)
     return replace(source, config=plain, tensors=StoredTensors(tensors, source.tensors.lock))
 
 
@@ -101,9 +103,13 @@ def attention_factors(config: TransformerConfig) -> dict[str, Factor] | None:
     if config.qk_norm == "none":
         return factors | {"attn.q.weight": score, "attn.q.bias": score}
     if config.norm == "non_parametric_layernorm":
-        return factors if score == 1.0 else None
+        if score == 1.0:
+            return factors
+        return None
     # GPT-NeoX's one norm serves both sides of the product.
-    share = sqrt(score) if config.qk_norm == "neox" else score
+    share = score
+    if config.qk_norm == "neox":
+        share = sqrt(score)
     return factors | {"attn.q_norm.weight": share, "attn.q_norm.bias": share}
 
 

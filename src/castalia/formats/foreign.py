@@ -92,7 +92,9 @@ class Neox(Format):
     @classmethod
     def open(cls, found: Path, given: Help) -> ForeignModel:
         """See `Format`."""
-        own = None if given.tokenizer is None else load_tokenizer(given.tokenizer)
+        own = None
+        if given.tokenizer is not None:
+            own = load_tokenizer(given.tokenizer)
         model = read_neox(found, given.configs, given.optional, own)
         special = SpecialIds.of_tokenizer(model.tokenizer)
         step = step_of(found)
@@ -117,7 +119,9 @@ class Meta(Format):
         """See `Format`."""
         # LLaMA 1 has one tokenizer beside the folders of all sizes.
         tokenizer = tokenizer_of(found, given.tokenizer, (found, found.parent))
-        ids = None if tokenizer is None else tokenizer.vocab_size
+        ids = None
+        if tokenizer is not None:
+            ids = tokenizer.vocab_size
         model = read_meta(found, ids, given.optional)
         special = SpecialIds.of_tokenizer(tokenizer)
         if tokenizer is not None:
@@ -144,7 +148,9 @@ class Gguf(Format):
     def open(cls, found: Path, given: Help) -> ForeignModel:
         """See `Format`."""
         tokenizer = tokenizer_of(found, given.tokenizer, (found.parent,))
-        ids = None if tokenizer is None else tokenizer.vocab_size
+        ids = None
+        if tokenizer is not None:
+            ids = tokenizer.vocab_size
         model = read_gguf(found, ids, given.optional)
         special = gguf_ids(model.metadata, model.config.vocab_size)
         return ForeignModel(
@@ -167,7 +173,9 @@ class Rwkv(Format):
     def open(cls, found: Path, given: Help) -> ForeignModel:
         """See `Format`."""
         tokenizer = tokenizer_of(found, given.tokenizer, (found.parent,))
-        ids = None if tokenizer is None else tokenizer.vocab_size
+        ids = None
+        if tokenizer is not None:
+            ids = tokenizer.vocab_size
         model = read_rwkv(found, ids, given.optional)
         special = SpecialIds.of_tokenizer(tokenizer)
         return ForeignModel(

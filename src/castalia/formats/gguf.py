@@ -53,7 +53,10 @@ def find_gguf(path: Path) -> Path | None:
         return path if path.suffix == SUFFIX else None
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
     firsts = [file for file in files if not SPLIT.fullmatch(file.name) or "-00001-of-" in file.name]
-    return firsts[0] if len(firsts) == 1 else None
+    # Several models in one folder: the user has to name the file.
+    if len(firsts) == 1:
+        return firsts[0]
+    return None
 
 
 def parts_of_file(path: Path) -> list[Path]:

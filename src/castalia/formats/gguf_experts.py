@@ -85,7 +85,9 @@ def expert_layout(config: TransformerConfig, layer: int) -> Layout:
         return out
     flat = (moe.shared_size, width)
     for part, name in SHARED.items():
-        shape = flat if part != "down" else flat[::-1]
+        shape = flat
+        if part == "down":
+            shape = flat[::-1]
         out[f"{ours}.shared.{part}.weight"] = Placed(f"{theirs}.{name}.weight", shape)
     out[f"{ours}.shared_gate.weight"] = Placed(f"{theirs}.{SHARED_GATE}.weight", (1, width))
     return out

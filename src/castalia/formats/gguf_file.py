@@ -131,9 +131,12 @@ def read_gguf_file(path: Path) -> GgufFile:
     Raises  DamagedCheckpointError if it is not whole; CheckpointError if it is no GGUF file of
             version 2 or 3; ConfigError if a tensor is quantized.
     """
-    # Copy on write: nothing here changes the file, and torch warns about read-only memory.
-    data = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.zeros(0, np.uint8)
-    reader = Reader(data, path)  # type: ignore[arg-type]
+    # An empty file cannot be mapped; the check of its first bytes below refuses it.
+    data: Any = np.zeros(0, np.uint8)
+    if path.stat().st_size:
+        # Copy on write: nothing here changes the file, and torch warns about read-only memory.
+        data = np.memmap(path, np.uint8, "c")
+    reader = Reader(data, path)
     version = 0
     if len(data) >= len(MAGIC) and reader.take(len(MAGIC)) == MAGIC:
         version = reader.number("I")

@@ -102,7 +102,9 @@ def read_params(folder: Path) -> dict[str, Any]:
     """
     values = read_json(folder / PARAMS, CheckpointError)
     inner = values.get("model", values)
-    params: dict[str, Any] = inner if isinstance(inner, dict) else {}
+    params: dict[str, Any] = {}
+    if isinstance(inner, dict):
+        params = inner
     if missing := [name for name in NEEDED if not isinstance(params.get(name), int)]:
         raise ConfigError(f"{folder / PARAMS} lacks {', '.join(missing)}; copy it again")
     for name in (*NEEDED, *OPTIONAL.split()):
@@ -232,7 +234,9 @@ def context(params: Mapping[str, Any]) -> int:
         return 16384
     if base > 1e5:
         return 8192
-    return 4096 if params.get("norm_eps", 1e-5) >= 1e-5 else 2048
+    if params.get("norm_eps", 1e-5) >= 1e-5:
+        return 4096
+    return 2048
 
 
 def scaling(params: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -268,7 +272,10 @@ def meta_layout(config: TransformerConfig, tables: Sequence[Table]) -> Layout:
         raise ConfigError(f"n_kv_heads {config.kv_heads} does not divide over {ranks} shards")
     shape = (config.padded_vocab_size, width)
     by_rows = tuple(runs(shape, even(shape[0], ranks)))
-    embedding = by_rows if split_by_rows(width, tables) else tuple(columns(shape, ranks))
+    if split_by_rows(width, tables):
+        embedding = by_rows
+    else:
+        embedding = tuple(columns(shape, ranks))
     out: Layout = {
         "embed.weight": Placed(EMBEDDING, shape, "split", embedding),
         "norm.weight": Placed("norm.weight", (width,)),

@@ -111,7 +111,10 @@ def read_peft(folder: Path) -> PeftAdapter:
             raise CheckpointError(f"{folder} has only {', '.join(own)} of {name}; copy it again")
         rank = own["lora_A"].shape[0]
         alpha = float(pattern_value(values.get("alpha_pattern"), name, values["lora_alpha"]))
-        scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+        # Rank-stabilized LoRA (arXiv:2312.03732) divides by the root.
+        scale = alpha / rank
+        if values.get("use_rslora"):
+            scale = alpha / math.sqrt(rank)
         magnitude = own.get("lora_magnitude_vector")
         if magnitude is not None:
             magnitude = magnitude.flatten()
@@ -253,8 +256,12 @@ def ranks(additions: Mapping[str, Addition], rslora: bool) -> dict[str, Any]:
     def alpha(addition: Addition) -> float:
         rank = addition.rank
         # Rounded where it is a whole number but for the last digits of a quotient.
-        exact = addition.scale * (math.sqrt(rank) if rslora else rank)
-        return round(exact) if abs(exact - round(exact)) < 1e-9 else exact
+        exact = addition.scale * rank
+        if rslora:
+            exact = addition.scale * math.sqrt(rank)
+        if abs(exact - round(exact)) < 1e-9:
+            return round(exact)
+        return exact
 
     pairs = {name: (addition.rank, alpha(addition)) for name, addition in additions.items()}
     (usual, _), *_ = Counter(pairs.values()).most_common(1)

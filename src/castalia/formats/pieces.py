@@ -276,7 +276,9 @@ def require_shapes(where: str, layout: Layout, tables: Sequence[Table]) -> None:
         for rank, table in enumerate(tables):
             tensor = table.get(key)
             if tensor is not None and tuple(tensor.shape) != wanted:
-                shard = f" of shard {rank} of {len(tables)}" if len(tables) > 1 else ""
+                shard = ""
+                if len(tables) > 1:
+                    shard = f" of shard {rank} of {len(tables)}"
                 raise CheckpointError(
                     f"{where}: {key}{shard} is {list(tensor.shape)}, expected {list(wanted)}; its"
                     " config describes another model than the weights"

@@ -88,9 +88,14 @@ def find_rwkv(path: Path) -> Path | None:
     """The file that a path means: itself, or the only one in a folder that is not Meta's."""
     if path.is_file():
         return path if path.suffix == SUFFIX and not SHARD.fullmatch(path.name) else None
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    files = []
+    if path.is_dir():
+        files = sorted(path.glob(f"*{SUFFIX}"))
     own = [file for file in files if not SHARD.fullmatch(file.name)]
-    return own[0] if len(own) == 1 and len(files) == 1 else None
+    # A folder of several models has to be named by its file.
+    if len(own) == 1 and len(files) == 1:
+        return own[0]
+    return None
 
 
 def read_rwkv(

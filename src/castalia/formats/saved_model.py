@@ -250,7 +250,9 @@ def open_hf(folder: Path, optional: Collection[str] = (), given: str | None = No
     tokenizer = None
     if given is not None or (folder / TOKENIZER).is_file():
         tokenizer = load_tokenizer(given or folder)
-    vocab_size = None if tokenizer is None else tokenizer.vocab_size
+    vocab_size = None
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
     tensors, config = read_hf(folder, vocab_size, optional)
     # The files of a Hugging Face folder do not name a step.
     named = re.fullmatch(r"step(\d+)", folder.name)

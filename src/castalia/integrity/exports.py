@@ -38,7 +38,11 @@ def check_recorded(record_file: Path, keys: Set[str]) -> Iterator[CheckedFile]:
     except CheckpointError as error:
         yield CheckedFile(str(record_file), str(error), own, size)
         return
-    yield CheckedFile(str(record_file), None, own if OWN_HASH in record else "", size)
+    voucher = ""
+    # A record of an older version has no hash of its own, so that nothing vouches for it.
+    if OWN_HASH in record:
+        voucher = own
+    yield CheckedFile(str(record_file), None, voucher, size)
     by = f"SHA-256 in {record_file.name}"
     # What this process has loaded may have changed since then without another time.
     files = SealedFiles()

@@ -26,7 +26,10 @@ def check_index(path: Path) -> Iterator[CheckedFile]:
         yield CheckedFile(str(place), str(error), OWN, place.stat().st_size)
         return
     assert manifest is not None, "the folder is recognized by its manifest"
-    yield CheckedFile(str(place), None, OWN if manifest.sealed else "", place.stat().st_size)
+    voucher = ""
+    if manifest.sealed:
+        voucher = OWN
+    yield CheckedFile(str(place), None, voucher, place.stat().st_size)
     for number in range(manifest.layout.parts):
         part = part_path(path, number)
         fault = None
@@ -38,7 +41,10 @@ def check_index(path: Path) -> Iterator[CheckedFile]:
             fault = (
                 f"{part} is damaged: its SHA-256 is not the one at its end; remove it and {AGAIN}"
             )
-        size = part.stat().st_size if part.is_file() else 0
+        size = 0
+        # A missing part is a fault already, and takes no bytes.
+        if part.is_file():
+            size = part.stat().st_size
         yield CheckedFile(str(part), fault, OWN, size)
 
 

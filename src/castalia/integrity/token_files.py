@@ -43,13 +43,18 @@ def files_of(prefix: Path) -> Iterator[CheckedFile]:
     files: dict[str, CheckedFile] = {}
     for done in verify(prefix):
         # The structure is that of both files, whose positions are in one.
-        place = f"{done.file}.idx" if done.about == "structure" else done.file
+        if done.about == "structure":
+            place = f"{done.file}.idx"
+        else:
+            place = done.file
         fault = done.wrong
         if fault and not fault.startswith(place):
             fault = f"{place}: {fault}"
         by = "" if done.note else vouchers.get(done.about, "")
         before = files.get(place, CheckedFile(place))
-        size = Path(place).stat().st_size if Path(place).is_file() else 0
+        size = 0
+        if Path(place).is_file():
+            size = Path(place).stat().st_size
         # A note comes after what it is about.
         by = by if done.note else by or before.by
         files[place] = CheckedFile(place, before.fault or fault, by, size)

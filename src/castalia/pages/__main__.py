@@ -16,7 +16,10 @@ def main(words: list[str]) -> int:
         print(f"castalia.pages: error: {error}", file=sys.stderr)
         return 1
     for name in PAGES:
-        print(f"{folder / name}: {'written' if name in changed else 'current'}")
+        state = "current"
+        if name in changed:
+            state = "written"
+        print(f"{folder / name}: {state}")
     return 0
 
 

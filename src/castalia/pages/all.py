@@ -32,7 +32,9 @@ def write_pages(folder: Path) -> list[str]:
     for name, text_of in PAGES.items():
         page = folder / name
         text = text_of()
-        before = page.read_bytes() if page.exists() else b""
+        before = b""
+        if page.exists():
+            before = page.read_bytes()
         if before != text.encode():
             page.write_text(text, encoding="utf-8", newline="\n")
             changed.append(name)

@@ -101,13 +101,17 @@ def signature(name: str, found: Definition) -> str:
         return f"class {name}({', '.join(map(ast.unparse, node.bases))})".replace("()", "")
     if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
         value = ast.unparse(node.value)
-        return f"{name} = {value}" if len(value) <= WIDEST else f"{name} = ..."
+        if len(value) <= WIDEST:
+            return f"{name} = {value}"
+        return f"{name} = ..."
     return ""
 
 
 def call(name: str, args: ast.arguments, returns: ast.expr | None, *, bound: bool) -> str:
     """A signature, on one line if it fits, else with a line for each parameter."""
-    result = f" -> {ast.unparse(returns)}" if returns is not None else ""
+    result = ""
+    if returns is not None:
+        result = f" -> {ast.unparse(returns)}"
     shown = parameters(args)[bound:]
     line = f"{name}({', '.join(shown)}){result}"
     if len(line) <= WIDEST:
@@ -122,7 +126,9 @@ def parameters(args: ast.arguments) -> list[str]:
     without = len(plain) - len(args.defaults)
     shown = []
     for place, each in enumerate(plain):
-        default = args.defaults[place - without] if place >= without else None
+        default = None
+        if place >= without:
+            default = args.defaults[place - without]
         shown.append(parameter(each, default))
         if args.posonlyargs and place + 1 == len(args.posonlyargs):
             shown.append("/")
@@ -140,7 +146,10 @@ def parameter(each: ast.arg, default: ast.expr | None) -> str:
     """One parameter as PEP 8 writes it."""
     if default is None:
         return ast.unparse(each)
-    equals = " = " if each.annotation is not None else "="
+    equals = "="
+    # PEP 8: spaces around the sign only beside an annotation.
+    if each.annotation is not None:
+        equals = " = "
     return f"{ast.unparse(each)}{equals}{ast.unparse(default)}"
 
 
@@ -149,7 +158,10 @@ def prose(text: str) -> list[str]:
     lines: list[str] = []
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         aligned = ALIGNED.search(paragraph)
-        start = len(paragraph) if aligned is None else aligned.start()
+        if aligned is None:
+            start = len(paragraph)
+        else:
+            start = aligned.start()
         before = paragraph[:start].strip()
         block = textwrap.dedent(paragraph[start:])
         if before:
@@ -165,7 +177,10 @@ def prose(text: str) -> list[str]:
 def class_lines(node: ast.ClassDef) -> list[str]:
     """The public fields, properties and methods of a class."""
     rows = [[code(name), first_sentences(text)] for name, text in members(node)]
-    return [*table(["member", ""], rows), ""] if rows else []
+    # A heading without members would be an empty table.
+    if rows:
+        return [*table(["member", ""], rows), ""]
+    return []
 
 
 def members(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
@@ -185,15 +200,22 @@ def members(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
                 yield each.name, text
             else:
                 bound = "staticmethod" not in marks
-                result = f" -> {ast.unparse(each.returns)}" if each.returns is not None else ""
+                result = ""
+                if each.returns is not None:
+                    result = f" -> {ast.unparse(each.returns)}"
                 yield f"{each.name}({', '.join(parameters(each.args)[bound:])}){result}", text
 
 
 def field_text(name: str, node: ast.AnnAssign) -> str:
     """A field with its type, and its default if that is short."""
     text = f"{name}: {ast.unparse(node.annotation)}"
-    default = "" if node.value is None else ast.unparse(node.value)
-    return f"{text} = {default}" if 0 < len(default) <= 20 else text
+    default = ""
+    if node.value is not None:
+        default = ast.unparse(node.value)
+    # A longer one would push the description out of the cell.
+    if 0 < len(default) <= 20:
+        return f"{text} = {default}"
+    return text
 
 
 def first_sentences(text: str) -> str:

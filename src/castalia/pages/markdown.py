@@ -8,7 +8,10 @@ PUNCTUATION = re.compile(r"[^\w\- ]")
 
 def code(text: str) -> str:
     """Text as code; empty text stays empty."""
-    return f"`{text}`" if text else ""
+    # Two backticks around nothing would be shown as they are.
+    if text:
+        return f"`{text}`"
+    return ""
 
 
 def cell(text: str) -> str:
@@ -36,4 +39,6 @@ def anchor(heading: str) -> str:
 
 def counted(number: int, noun: str) -> str:
     """`1 option`, `2 options`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    if number == 1:
+        return f"{number} {noun}"
+    return f"{number} {noun}s"

@@ -130,7 +130,9 @@ def headings() -> frozenset[str]:
 
 def remark(name: str) -> str:
     """What to know about an honoured argument, after the option that it sets."""
-    return f"; {REMARKS[name]}" if name in REMARKS else ""
+    if name in REMARKS:
+        return f"; {REMARKS[name]}"
+    return ""
 
 
 def refusal(option: Refused) -> str:

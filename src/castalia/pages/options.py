@@ -90,12 +90,17 @@ def short_title(part: Part) -> str:
 
 def part_lines(part: Part) -> list[str]:
     """A heading, what the section is, GPT-NeoX's names for it, and its options."""
-    level = "###" if part.kinds or "." in part.name else "##"
+    level = "##"
+    # Kinds and sections within sections are one level below those of the config.
+    if part.kinds or "." in part.name:
+        level = "###"
     lines = [f"{level} {title(part)}", ""]
     text = READERS.sub("", part.text)
     if text:
         lines += [text, ""]
-    names = neox_names().get(part.name, []) if part.name and not part.kinds else []
+    names = []
+    if part.name and not part.kinds:
+        names = neox_names().get(part.name, [])
     if names:
         lines += [f"GPT-NeoX: {', '.join(map(code, names))}.", ""]
     if part.defaults:
@@ -113,9 +118,16 @@ def part_lines(part: Part) -> list[str]:
 def row(entry: Entry) -> list[str]:
     """An option as a row of the table."""
     # Four columns: more of them leave no width for the last, which has sentences.
-    kind = f"{entry.values}, {entry.unit}" if entry.unit else entry.values
-    default = entry.default if entry.default == "required" else code(entry.default)
-    text = f"{entry.text} *resume*" if entry.at_resume else entry.text
+    kind = entry.values
+    if entry.unit:
+        kind += f", {entry.unit}"
+    default = entry.default
+    # "required" is a word about the default, and no value.
+    if default != "required":
+        default = code(default)
+    text = entry.text
+    if entry.at_resume:
+        text += " *resume*"
     if entry.neox:
         text += f" GPT-NeoX: {', '.join(map(code, entry.neox))}."
     return [code(entry.key), kind, default, text]

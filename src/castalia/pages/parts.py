@@ -83,7 +83,9 @@ def kind_parts(
         del options[chooser]
     groups = grouped(by_kind)
     everywhere = groups.pop(tuple(by_kind), [])
-    text = f"One of {len(classes)} kinds, which `{chooser}` names." if len(classes) > 1 else ""
+    text = ""
+    if len(classes) > 1:
+        text = f"One of {len(classes)} kinds, which `{chooser}` names."
     yield Part(name, (), text, [first, *everywhere], {})
     for labels, entries in sorted(groups.items(), key=lambda group: -len(group[0])):
         if len(labels) > 1:

@@ -29,7 +29,9 @@ class Definition(NamedTuple):
 def source_of(module: str) -> Path:
     """The file of a module of Castalia."""
     path = Path(castalia.__path__[0]).joinpath(*module.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if path.is_dir():
+        return path / "__init__.py"
+    return path.with_suffix(".py")
 
 
 @cache
@@ -49,7 +51,10 @@ def public_names(module: str) -> list[str]:
 
 def targets(node: ast.Assign | ast.AnnAssign) -> list[str]:
     """The plain names that an assignment binds."""
-    places = node.targets if isinstance(node, ast.Assign) else [node.target]
+    if isinstance(node, ast.Assign):
+        places = node.targets
+    else:
+        places = [node.target]
     return [place.id for place in places if isinstance(place, ast.Name)]
 
 

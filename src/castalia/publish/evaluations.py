@@ -43,7 +43,9 @@ class Evaluations:
         head = ["task", "metric", "shots", "dtype", *(f"step {step:,}" for step in steps)]
         lines = [line_of(head), line_of(["---"] * len(head))]
         for (task, metric, kind, shots, dtype, *_), by_step in shown.items():
-            name = metric if kind == "none" else f"{metric} ({kind})"
+            name = metric
+            if kind != "none":
+                name = f"{metric} ({kind})"
             cells = [number_text(by_step.get(step)) for step in steps]
             lines.append(line_of([task, name, text_of(shots), text_of(dtype), *cells]))
         return lines
@@ -56,7 +58,9 @@ def line_of(cells: Sequence[str]) -> str:
 
 def text_of(value: object) -> str:
     """A value, or nothing where it is unknown."""
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    return str(value)
 
 
 def number_text(row: dict[str, Any] | None) -> str:
@@ -66,7 +70,9 @@ def number_text(row: dict[str, Any] | None) -> str:
     number = f"{row['value']:.4g}"
     # Large perplexities come with infinite errors; a NaN is not equal to itself.
     error = row["stderr"]
-    return f"{number} ± {error:.2g}" if error is not None and error == error else number
+    if error is not None and error == error:
+        return f"{number} ± {error:.2g}"
+    return number
 
 
 def evaluations_of(run: Path) -> Evaluations:

@@ -88,7 +88,9 @@ def run_card(plan: CardPlan, step: int, revision: str, record: Mapping[str, Any]
 def front_matter(plan: CardPlan, step: int, revision: str) -> list[str]:
     """The metadata that the hub reads at the top of a card."""
     config = plan.facts.config
-    task = "text-classification" if config.model.head == "score" else "text-generation"
+    task = "text-generation"
+    if config.model.head == "score":
+        task = "text-classification"
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if plan.license is not None:
         values["license"] = plan.license
@@ -131,7 +133,9 @@ def opening(plan: CardPlan, step: int, revision: str, record: Mapping[str, Any])
         names = [*names[:ENDS], "…", *names[-ENDS:]]
     links = [name if name == "…" else f"[{name}]({plan.address}/tree/{name})" for name in names]
     count = len(plan.steps)
-    noun = "checkpoint is a branch" if count == 1 else "checkpoints are branches"
+    noun = "checkpoints are branches"
+    if count == 1:
+        noun = "checkpoint is a branch"
     return [*lines, f"{count} {noun} of this repository: {', '.join(links)}."]
 
 
@@ -188,7 +192,10 @@ def training(facts: RunFacts, step: int) -> dict[str, str]:
 
 def start_text(start: str) -> str:
     """A model of the hub, or the name of a path of this machine."""
-    return start if is_hub_id(start) else Path(start).name
+    # A folder of this machine says nothing to others, its last part may.
+    if is_hub_id(start):
+        return start
+    return Path(start).name
 
 
 def schedule_text(facts: RunFacts) -> str:
@@ -211,7 +218,9 @@ def data_lines(facts: RunFacts) -> list[str]:
     head = ["source", "weight", "tokens", "documents", "SHA-256 of the token file"]
     lines = [line_of(head), line_of(["---"] * len(head))]
     for number, source in enumerate(found.get("train", [])):
-        weight = f"{weights[number]:.4g}" if number < len(weights) else ""
+        weight = ""
+        if number < len(weights):
+            weight = f"{weights[number]:.4g}"
         digest = f"`{source['bin_sha256']}` ({source['bin_hashed']})"
         counts = [f"{source['tokens']:,}", f"{source['documents']:,}"]
         lines.append(line_of([source["name"], weight, *counts, digest]))

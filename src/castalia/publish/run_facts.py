@@ -50,7 +50,9 @@ class RunFacts:
         """Tokens that a checkpoint was trained on; None where its state does not say."""
         progress = read_state(self.place(step)).get("progress", {})
         count = progress.get("tokens")
-        return None if count is None else int(count)
+        if count is None:
+            return None
+        return int(count)
 
     def versions(self) -> dict[str, str]:
         """The packages that trained it, by name."""
@@ -92,7 +94,9 @@ def facts_of(run: str | Path) -> RunFacts:
 def environment_of(path: Path) -> dict[str, Any]:
     """env.json; empty where it is missing or damaged: the card then names no versions."""
     try:
-        environment: dict[str, Any] = read_json(path) if path.is_file() else {}
+        environment: dict[str, Any] = {}
+        if path.is_file():
+            environment = read_json(path)
     except DataError:
         return {}
     return environment

@@ -77,8 +77,12 @@ class RunUpload:
 
     def revisions(self, step: int) -> list[str]:
         """The branches that hold a step: its own if it was asked for, and main for the newest."""
-        names = [f"step{step}"] if step in self.steps else []
-        return [*names, MAIN] if step == self.facts.last else names
+        names = []
+        if step in self.steps:
+            names = [f"step{step}"]
+        if step == self.facts.last:
+            return [*names, MAIN]
+        return names
 
     def run(self) -> Iterator[Revision]:
         """Upload every step; each branch is yielded when the hub has it.
@@ -139,7 +143,9 @@ class RunUpload:
             if found is not None:
                 commit = found.commit
                 card = run_card(self.plan, step, revision, found.record)
-                what = "nothing" if has_card(found.record, card) else "card"
+                what = "card"
+                if has_card(found.record, card):
+                    what = "nothing"
         size = self.weight_bytes()
         return Revision(self.repo, revision, step, what, size, commit, [], [], [], dry_run=True)
 

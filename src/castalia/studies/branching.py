@@ -51,7 +51,9 @@ class Branch:
     def folder(self, name: str) -> Path:
         """The folder of the branch of a name."""
         parent = Path(self.parent.output)
-        place = parent.parent if self.place is None else self.place
+        place = parent.parent
+        if self.place is not None:
+            place = self.place
         return place / f"{parent.name}-from-{self.checkpoint}-{name}"
 
     @property
@@ -158,7 +160,9 @@ def sections_of(words: Sequence[str]) -> tuple[list[Values], list[str]]:
 def inner(values: Values) -> Any:
     """The interventions of a file or an override, at its top or in its section data."""
     data = values.get("data")
-    within = data if isinstance(data, dict) else values
+    within = values
+    if isinstance(data, dict):
+        within = data
     return within.get("interventions")
 
 
@@ -241,7 +245,9 @@ def threads_of(folder: Path) -> Iterator[None]:
     and the control would differ from the run in its last bits."""
     before = torch.get_num_threads()
     path = folder / "env.json"
-    recorded = read_json(path).get("threads") if path.is_file() else None
+    recorded = None
+    if path.is_file():
+        recorded = read_json(path).get("threads")
     torch.set_num_threads(recorded or before)
     try:
         yield
@@ -286,7 +292,9 @@ def compared(one: Path, other: Path, after: int) -> dict[str, Any]:
         difference = next(differences(one, other, step), None)
         if difference is not None:
             break
-    equal = difference is None if common else None
+    equal = None
+    if common:
+        equal = difference is None
     return {"steps": common, "equal": equal, "difference": difference}
 
 

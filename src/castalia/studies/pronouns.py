@@ -113,7 +113,10 @@ def runs_of(paths: Sequence[str]) -> list[Path]:
     """
     found = []
     for path in map(Path, paths):
-        inside = [path] if (path / CONFIG).is_file() else sorted(path.glob("*/"))
+        if (path / CONFIG).is_file():
+            inside = [path]
+        else:
+            inside = sorted(path.glob("*/"))
         runs = [folder for folder in inside if (folder / "checkpoints").is_dir()]
         if not runs:
             raise ConfigError(f"{path}: neither a run nor a folder of runs with checkpoints")
@@ -222,7 +225,9 @@ def manifest_hash(item: Item) -> str:
 def read_rows(path: Path) -> dict[tuple[str, int, str], Row]:
     """The checkpoints that were measured before, by folder, step and manifest."""
     rows = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = []
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
     whole = []
     for line in lines:
         try:

@@ -35,7 +35,9 @@ def write_page(output: Path, rows: Sequence["Row"], effects: Sequence[Mapping[st
     runs = list(dict.fromkeys(row.run for row in rows))
     for run in runs:
         svg = picture(Path(run).name, [row for row in rows if row.run == run])
-        name = "bias.svg" if len(runs) == 1 else f"bias-{Path(run).name}.svg"
+        name = "bias.svg"
+        if len(runs) != 1:
+            name = f"bias-{Path(run).name}.svg"
         with atomic_write(output / name) as file:
             file.write(svg)
         pictures.append(svg)
@@ -117,7 +119,9 @@ def profession_table(rows: Sequence["Row"], effects: Sequence[Mapping[str, Any]]
 
 def write_csv(path: Path, rows: Sequence["Row"]) -> None:
     """A line for each checkpoint, with a column for each profession."""
-    professions = list(rows[0].by_profession) if rows else []
+    professions = []
+    if rows:
+        professions = list(rows[0].by_profession)
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "at", "kind", "step", "bias", "perplexity", *professions])

@@ -154,7 +154,9 @@ def term_frequency(
     study.check()
     files = [path for path in paths if path.endswith(".csv")]
     named = [path for path in paths if not path.endswith(".csv")]
-    checkpoints = checkpoints_of(named, study.checkpoints) if named else []
+    checkpoints = []
+    if named:
+        checkpoints = checkpoints_of(named, study.checkpoints)
     published = [row for file in files for row in read_published(file)]
     with claimed(output):
         file = RowFile(output)
@@ -225,7 +227,9 @@ def operand_counts(
     if steps[-1] == 0:
         return table
     terms = study.terms()
-    asked = terms if study.frequency == "alone" else Pairs(terms, WINDOW[1], WINDOW[0])
+    asked: Terms | Pairs = terms
+    if study.frequency != "alone":
+        asked = Pairs(terms, WINDOW[1], WINDOW[0])
     counts = count(stream, asked, stop=steps[-1], at=steps, jobs=jobs)
     for place, step in enumerate(counts.checkpoints):
         if step in table:
@@ -286,7 +290,10 @@ def asked(model: LanguageModel, key: Key, study: FrequencyStudy) -> list[Row]:
     items = list(study.questions.items(key.task, key.shots))
     # What follows the answer in the template ends it as well.
     tail = study.questions.template.partition("{answer}")[2]
-    stop = ["\n", tail] if tail.strip() else ["\n"]
+    if tail.strip():
+        stop = ["\n", tail]
+    else:
+        stop = ["\n"]
     done = model.complete(
         [item.prompt for item in items], study.new_tokens, stop=stop, temperature=0.0
     )

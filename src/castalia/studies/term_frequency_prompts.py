@@ -96,7 +96,9 @@ MOST_SHOTS = 64
 
 def solved(task: str, x1: int, x2: int) -> int:
     """The answer of a question."""
-    return x1 * x2 if task == "multiplication" else x1 + x2
+    if task == "multiplication":
+        return x1 * x2
+    return x1 + x2
 
 
 def is_right(text: str, answer: int) -> bool:

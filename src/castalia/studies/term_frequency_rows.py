@@ -110,7 +110,9 @@ class RowFile:
         `weights` has the hash of each checkpoint by `place_of`, as far as it has one.
         """
         path = self.folder / "weights.json"
-        before = read_json(path) if path.is_file() else {}
+        before = {}
+        if path.is_file():
+            before = read_json(path)
         kept = []
         for row in rows:
             place = place_of(row.model, row.step)

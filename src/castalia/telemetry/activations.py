@@ -59,7 +59,9 @@ class Activations(Watching):
                 module = getattr(stage, name, None)
                 # The last stage has a copy of a tied embedding, which no token passes.
                 if module is not None and (name == "norm" or stage.span.first):
-                    site = "embedding" if name == "embed" else "norm"
+                    site = "norm"
+                    if name == "embed":
+                        site = "embedding"
                     handles.append(module.register_forward_hook(partial(self.output, site)))
             for layer, block in stage.layers.named_children():
                 handles += self.install_layer(int(layer), block)
@@ -86,7 +88,9 @@ class Activations(Watching):
         if recomputes():
             return
         # Some mixers return a second tensor, and some blocks hand on numbers behind the stream.
-        first = out[0] if isinstance(out, tuple) else out
+        first = out
+        if isinstance(out, tuple):
+            first = out[0]
         self.measure(site, plain(first)[..., : self.channels])
 
     def hidden(self, layer: int, signed: bool, module: nn.Module, inputs: Any) -> None:

@@ -63,7 +63,9 @@ def spans_of(events: Iterable[Any]) -> Iterator[Span]:
 def snake(name: str) -> str:
     """AllReduce -> all_reduce; SendRecv -> send, which is what a pipeline's kernels do."""
     parts = re.findall("[A-Z][a-z]*", name)
-    return "send" if parts[:1] == ["Send"] else "_".join(parts).lower()
+    if parts[:1] == ["Send"]:
+        return "send"
+    return "_".join(parts).lower()
 
 
 def kind_of(name: str) -> str:

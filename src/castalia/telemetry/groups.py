@@ -44,10 +44,15 @@ class Groups:
             return "norm"
         layer = rest[0]
         module = rest[1]
-        part = "norms" if module.startswith("norm") else PARTS.get(module, "mixer")
+        if module.startswith("norm"):
+            part = "norms"
+        else:
+            part = PARTS.get(module, "mixer")
         if self.how == "kinds":
             return part
-        return f"layers/{layer}" if self.how == "layers" else f"layers/{layer}/{part}"
+        if self.how == "layers":
+            return f"layers/{layer}"
+        return f"layers/{layer}/{part}"
 
     def nested(self, values: Sequence[Any]) -> dict[str, Any]:
         """Values in the order of `names`, None left out, as nested metrics."""

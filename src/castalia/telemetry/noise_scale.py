@@ -90,7 +90,11 @@ class NoiseScale(Statistic):
         batches = passes.micro_batches
         weights = self.passes.weights(batches)
         # A single micro-batch is halved.
-        part = list(batches[:1]) if len(batches) > 1 else [batch.every(0, 2) for batch in batches]
+        # One micro-batch is halved: the estimate needs two sizes of batches.
+        if len(batches) > 1:
+            part = list(batches[:1])
+        else:
+            part = [batch.every(0, 2) for batch in batches]
         part_weights = self.passes.weights(part)
         big = self.passes.total_weight(batches, weights, passes.loss_scale)
         small = self.passes.total_weight(part, part_weights, passes.loss_scale)

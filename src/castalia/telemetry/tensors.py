@@ -37,9 +37,14 @@ class Grouped:
             if name in self.copies:
                 continue
             if isinstance(tensor, DTensor):
-                part = local(tensor) if holds_first_copy(tensor) else None
+                part = None
+                # Copies of a tensor count on one rank only.
+                if holds_first_copy(tensor):
+                    part = local(tensor)
             else:
-                part = tensor.detach() if self.counts_plain else None
+                part = None
+                if self.counts_plain:
+                    part = tensor.detach()
             if part is not None and part.numel():
                 counted[name] = part
         return counted

@@ -155,4 +155,6 @@ def name_of(marked: str) -> str | None:
         return NAMES[marked]
     # Stages of a pipeline add their number: "forward stage 2", "backward weights stage 2".
     first, *more = marked.split(" ")
-    return NAMES.get(first) if "stage" in more else None
+    if "stage" in more:
+        return NAMES.get(first)
+    return None

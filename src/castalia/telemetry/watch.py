@@ -44,7 +44,9 @@ class Watching(Statistic):
 
 def stages_of(model: nn.Module) -> list[Any]:
     """The decoder, or the stages of a pipeline on this rank."""
-    return list(model) if isinstance(model, nn.ModuleList) else [model]
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [model]
 
 
 def recomputes() -> bool:
@@ -55,4 +57,6 @@ def recomputes() -> bool:
 def plain(tensor: Tensor) -> Tensor:
     """This rank's part, outside of autograd."""
     part = tensor.detach()
-    return part.to_local() if isinstance(part, DTensor) else part
+    if isinstance(part, DTensor):
+        return part.to_local()
+    return part

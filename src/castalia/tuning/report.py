@@ -35,10 +35,14 @@ def table(tuned: Tuned) -> tuple[list[str], list[list[str]]]:
         row = [str(choice.micro), json.dumps(choice.recompute).strip('"')]
         row += [json.dumps(choice.compile), choice.precision]
         if each.status == "measured":
-            mark = "fastest that fits" if each is best else "fits"
+            mark = "fits"
+            if each is best:
+                mark = "fastest that fits"
             row += [f"{each.rate:,.0f}", f"{each.spread:.1%}", size_text(each.peak), mark]
         else:
-            note = f": {each.note}" if each.note else ""
+            note = ""
+            if each.note:
+                note = f": {each.note}"
             row += ["", "", f"~{size_text(each.expected)}", f"{each.status}{note}"]
         rows.append(row)
     return HEADER, rows

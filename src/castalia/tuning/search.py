@@ -160,7 +160,9 @@ def free_bytes(device: str) -> int | None:
     if device == "cuda":
         return int(USABLE * torch.cuda.mem_get_info()[0])
     free = available_bytes()
-    return None if free is None else int(USABLE * free)
+    if free is None:
+        return None
+    return int(USABLE * free)
 
 
 def with_rows(config: RunConfig, folder: str) -> tuple[RunConfig, str]:
@@ -202,7 +204,11 @@ def synthetic(config: RunConfig, folder: str) -> DataConfig:
     size = config.model.vocab_size
     random = np.random.default_rng(0)
     prefix = Path(folder) / "random"
-    with IndexedDatasetWriter(prefix, "uint16" if size <= 2**16 else "int32") as writer:
+    # The narrowest that holds the ids, as `castalia prepare` chooses it.
+    dtype = "int32"
+    if size <= 2**16:
+        dtype = "uint16"
+    with IndexedDatasetWriter(prefix, dtype) as writer:
         for _ in range(SYNTHETIC_ROWS):
             writer.add(random.integers(0, size, config.data.seq_length + 1))
     return DataConfig(train=[str(prefix)], seq_length=config.data.seq_length)
@@ -282,7 +288,10 @@ class Search:
         """Those that the config leaves open."""
         if self.config.precision != "auto":
             return [self.config.precision]
-        return ["fp32", "bf16"] if self.device == "cpu" else ["bf16", "fp32"]
+        # The likelier winner first: the time may not suffice for both.
+        if self.device == "cpu":
+            return ["fp32", "bf16"]
+        return ["bf16", "fp32"]
 
     def attempt(self, choice: Choice) -> Result:
         """The result of a choice: an estimate, or a process that tries it."""

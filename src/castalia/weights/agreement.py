@@ -58,7 +58,9 @@ class Agreement(NamedTuple):
 
     def cells(self) -> list[str]:
         """A line of a table."""
-        kappa = "-" if self.kappa is None else f"{self.kappa:.3f}"
+        kappa = "-"
+        if self.kappa is not None:
+            kappa = f"{self.kappa:.3f}"
         names = [self.task, self.model, str(self.step), self.other, str(self.other_step)]
         return [*names, str(self.documents), f"{self.observed:.3f}", kappa]
 
@@ -88,7 +90,9 @@ def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable]) -> float | N
 
 def kappa_of(observed: float, expected: float) -> float | None:
     """Kappa by the two shares."""
-    return None if expected >= 1 else (observed - expected) / (1 - expected)
+    if expected >= 1:
+        return None
+    return (observed - expected) / (1 - expected)
 
 
 def shares(one: Sequence[Hashable], other: Sequence[Hashable]) -> tuple[float, float]:
@@ -115,7 +119,9 @@ def agreements(paths: Sequence[str], task: str | None = None) -> list[Agreement]
     stores = [store for path in paths for store in find_stores(path)]
     answered = [each for store in stores for each in answered_in(store, task)]
     if not answered:
-        what = "" if task is None else f" of {task}"
+        what = ""
+        if task is not None:
+            what = f" of {task}"
         raise DataError(
             f"no answers{what} in {', '.join(paths)}: run `castalia eval --samples` on checkpoints"
         )

@@ -64,7 +64,9 @@ def counted(names: Sequence[str]) -> str:
     """`tensor a` or `5 tensors (a, b, ...)`."""
     if len(names) == 1:
         return f"the tensor {names[0]}"
-    more = ", ..." if len(names) > NAMED else ""
+    more = ""
+    if len(names) > NAMED:
+        more = ", ..."
     return f"{len(names)} tensors ({', '.join(names[:NAMED])}{more})"
 
 

@@ -48,8 +48,12 @@ def audit(
     Raises  CheckpointError for a path without a checkpoint; ConfigError and DataError for a wrong
             `expect` or `hashes`.
     """
-    grid = None if expect is None else expected_steps(expect)
-    listed = None if hashes is None else read_hashes(hashes, with_folders=True)
+    grid = None
+    if expect is not None:
+        grid = expected_steps(expect)
+    listed = None
+    if hashes is not None:
+        listed = read_hashes(hashes, with_folders=True)
     members = series_in([str(path) for path in several(paths)])
     tally = Tally(sum(len(series.revisions) for series in members), on_revision)
     findings: list[Finding] = []
@@ -135,7 +139,9 @@ def owner_of(revision: Revision, series: Series) -> str:
             owners |= {entry.sha256: each.name for entry in files.values()}
     for name, entry in own.items():
         path = revision.folder / name
-        digest = sha256_of(path) if path.is_file() else entry.sha256
+        digest = entry.sha256
+        if path.is_file():
+            digest = sha256_of(path)
         if digest != entry.sha256 and digest in owners:
             return f"; it is that of {owners[digest]}"
     return ""

@@ -78,7 +78,8 @@ def owner_of(
 
     Takes   table (N, N) distances between the revisions `places`; None for all of them.
     """
-    places = range(len(model.revisions)) if places is None else places
+    if places is None:
+        places = range(len(model.revisions))
     # `main` repeats a step, and has no claim of its own.
     with_step = [number for number in members if model.revisions[number].step is not None]
     claims = rightful(table, [places.index(number) for number in with_step or members])
@@ -113,7 +114,9 @@ def equal_findings(
 
 def doubt(known: bool) -> str:
     """The end of a sentence about equal weights: nothing, if it is known whose they are."""
-    return "" if known else "; which of the two they belong to is unknown"
+    if known:
+        return ""
+    return "; which of the two they belong to is unknown"
 
 
 def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -131,7 +134,9 @@ def constants(model: Model, kept: Sequence[int]) -> set[str]:
         for name, tensor in model.checkpoints[number].items():
             digests[name].add(tensor.digest)
     config = model.still.config
-    frozen = [] if config is None else config.train.frozen
+    frozen = []
+    if config is not None:
+        frozen = config.train.frozen
     return {
         name
         for name, values in digests.items()
@@ -206,7 +211,9 @@ def sharing(
             )
     if any(checkpoint[name].is_matrix for name in rest):
         named = sorted(rest)
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        more = ""
+        if len(named) > NAMED:
+            more = f" and {len(named) - NAMED} more"
         findings.append(
             Finding(
                 "same_tensors",

@@ -91,5 +91,7 @@ def incomplete_findings(series: Series) -> Iterator[Finding]:
 
 def listed(steps: list[int]) -> str:
     """Steps between commas, the first few of many."""
-    more = ", ..." if len(steps) > NAMED else ""
+    more = ""
+    if len(steps) > NAMED:
+        more = ", ..."
     return ", ".join(str(step) for step in steps[:NAMED]) + more

@@ -144,4 +144,6 @@ def distances(sketches: Sketch) -> NDArray[np.float64]:
 def cosine(one: Sketch, other: Sketch) -> float:
     """Estimated cosine between two checkpoints; 0 if one is all zeros."""
     norms = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return float(one @ other) / norms if norms else 0.0
+    if norms:
+        return float(one @ other) / norms
+    return 0.0

@@ -80,7 +80,9 @@ def ratio(one: float, other: float) -> float:
     """one / other; infinite over 0, and 0 for 0 / 0."""
     if other > 0:
         return float(one / other)
-    return float("inf") if one > 0 else 0.0
+    if one > 0:
+        return float("inf")
+    return 0.0
 
 
 def exchanged(distances: Distances) -> list[tuple[int, int]]:

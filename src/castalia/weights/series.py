@@ -208,7 +208,9 @@ def series_at(folder: Path) -> Series | None:
 def step_of(name: str) -> int | None:
     """The step that a folder or a branch is named after."""
     named = STEP_FOLDER.fullmatch(name)
-    return None if named is None else int(named[1])
+    if named is None:
+        return None
+    return int(named[1])
 
 
 def name_of(folder: Path, run: Path | None) -> str:

@@ -26,7 +26,9 @@ def start_findings(model: Model) -> Iterator[Finding]:
     wrong = [name for name, fits in drawn(config, model.checkpoints[0]) if not fits]
     if not wrong:
         return
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    more = ""
+    if len(wrong) > NAMED:
+        more = f" and {len(wrong) - NAMED} more"
     torch = read_manifest(folder).torch
     yield Finding(
         "start",

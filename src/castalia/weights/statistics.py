@@ -87,7 +87,9 @@ class Between:
     def cosine(self) -> float | None:
         """Cosine; None where one is all zeros."""
         norms = (self.own * self.other) ** 0.5
-        return self.product / norms if norms else None
+        if norms:
+            return self.product / norms
+        return None
 
 
 def sums_of(tensor: Tensor) -> Sums:
@@ -129,7 +131,10 @@ def summed(parts: Iterable[Between]) -> Between | None:
     """Several together; None for none."""
     total: Between | None = None
     for part in parts:
-        total = part if total is None else total + part
+        if total is None:
+            total = part
+        else:
+            total = total + part
     return total
 
 

@@ -65,7 +65,9 @@ def stillness_of(series: Series, until: int | None, states: dict[int, dict[str, 
             states: of the checkpoints of a run, by step.
     """
     if until is None:
-        until = PYTHIA_STILL if PYTHIA.search(series.name) else 0
+        until = 0
+        if PYTHIA.search(series.name):
+            until = PYTHIA_STILL
     updates = {step: progress_of(state)["updates"] for step, state in states.items()}
     return Stillness(until, series.config(), updates)
 

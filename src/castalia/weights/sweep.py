@@ -143,7 +143,9 @@ def members_of(paths: Sequence[str]) -> list[Member]:
                 f"{each.path} does not say its step; put it into a folder such as step1000"
             )
         key = (each.suite, each.model, each.variant)
-        seed = None if each.run is None else start_seed_in(config_of_run(each.run))
+        seed = None
+        if each.run is not None:
+            seed = start_seed_in(config_of_run(each.run))
         name = " ".join(filter(None, (each.model, each.variant)))
         member = members.setdefault(key, Member(name, seed))
         member.checkpoints[each.step] = each
@@ -158,7 +160,10 @@ def members_of(paths: Sequence[str]) -> list[Member]:
         tensors = opened(member.checkpoints[member.first])
         shape = tuple((name, tensors.stored(name).shape) for name in sorted(tensors))
         first = shapes.setdefault(shape, member)
-        member.peer = None if first is member else first
+        # The first model of a shape is the one that the others are compared with.
+        member.peer = None
+        if first is not member:
+            member.peer = first
     return out
 
 
@@ -184,7 +189,9 @@ def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator
     tensors = opened(member.checkpoints[step])
     compared = member.compared(step)
     others = {word: opened(checkpoint) for word, checkpoint in compared.items()}
-    peer = None if "peer" not in compared or member.peer is None else member.peer.name
+    peer = None
+    if "peer" in compared and member.peer is not None:
+        peer = member.peer.name
     shared = {
         "model": member.name,
         "seed": member.seed,
@@ -206,7 +213,10 @@ def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator
         if tensor.dim() > 1:
             matrices.append(own)
         layer = layer_of(name)
-        group = name.split(".")[0] if layer is None else f"layer {layer}"
+        if layer is None:
+            group = name.split(".")[0]
+        else:
+            group = f"layer {layer}"
         groups.setdefault((group, layer), []).append(own)
         row = shared | {"level": "tensor", "name": name, "layer": layer} | values_of([own])
         yield row | own_values(tensor, spectra)
@@ -222,9 +232,13 @@ def require_shape(
     name: str, tensor: Tensor, others: StoredTensors, *, own: Checkpoint, other: Checkpoint
 ) -> None:
     """Raises  CheckpointError if what a checkpoint is compared with lacks a tensor of its shape."""
-    shape = tuple(others.stored(name).shape) if name in others else None
+    shape = None
+    if name in others:
+        shape = tuple(others.stored(name).shape)
     if shape != tuple(tensor.shape):
-        has = "lacks it" if shape is None else f"has {list(shape)}"
+        has = "lacks it"
+        if shape is not None:
+            has = f"has {list(shape)}"
         raise CheckpointError(
             f"{own.path} has {name} of shape {list(tensor.shape)}, and {other.path} {has}, so the"
             " two do not compare; `castalia audit` says which of the revisions is unlike the others"
@@ -234,7 +248,9 @@ def require_shape(
 def layer_of(name: str) -> int | None:
     """The layer in a tensor's name; None outside the layers."""
     found = LAYER.search(name)
-    return int(found[1]) if found else None
+    if found:
+        return int(found[1])
+    return None
 
 
 def own_values(tensor: Tensor, spectra: bool) -> dict[str, Any]:

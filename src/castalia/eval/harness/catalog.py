@@ -43,7 +43,9 @@ class LocalFactory(TaskFactory):
         """The data of the task that is being built."""
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None) -> dict[str, Any]:
-        file = Path(entry.yaml_path) if entry.yaml_path else None
+        file = None
+        if entry.yaml_path:
+            file = Path(entry.yaml_path)
         # First without the task's functions: importing them may fail where it should not run.
         plain = {**({} if file is None else read_config(file)), **(overrides or {})}
         if isinstance(plain.get("task"), str):
@@ -178,7 +180,10 @@ class Catalog:
             return
         if entry.kind is not Kind.GROUP:
             return
-        config = read_config(entry.yaml_path) if entry.cfg is None else entry.cfg
+        if entry.cfg is None:
+            config = read_config(entry.yaml_path)
+        else:
+            config = entry.cfg
         listed = config.get("task")
         if not isinstance(listed, list):
             return

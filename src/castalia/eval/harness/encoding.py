@@ -55,7 +55,10 @@ class TextEncoder:
         # transformers; a folder that names neither from what the model's files say.
         if self.bos is None and "eos_token" not in named:
             self.bos = model.start_id
-        prefix = self.eot_id if self.bos is None else self.bos
+        if self.bos is None:
+            prefix = self.eot_id
+        else:
+            prefix = self.bos
         if prefix is None:
             raise ConfigError(
                 f"{self.tokenizer.where} names no token that begins or ends a text, and a text"
@@ -179,7 +182,9 @@ def own_template(
             wanted = bool(settings.get(f"add_{side}_token")) and token is not None
             ends.append((token,) if wanted and token is not None else ())
         before, after = ends
-        return (before, after) if before or after else None
+        if before or after:
+            return (before, after)
+        return None
     if not tokenizer.inner.num_special_tokens_to_add(False):
         return None
     bare = tokenizer.inner.encode("a", add_special_tokens=False).ids

@@ -103,11 +103,15 @@ def evaluate(
                 adapter, part, limit=tasks.limit, bootstrap=bootstrap, samples=samples, chat=chat
             )
         output["config"] = config_of(adapter, tasks, batch, bootstrap)
-        output["chat_template"] = adapter.template.text if chat else None
+        output["chat_template"] = None
+        if chat:
+            output["chat_template"] = adapter.template.text
         output["task_hashes"] = part.hashes(tasks.prompting(output["chat_template"]))
         spent = times(part, adapter.costs, time.time() - started)
         parts.append(evaluation_of(output, tasks, spent, batch, started))
-    return parts[0] if len(parts) == 1 else joined(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return joined(parts)
 
 
 def evaluation_of(

@@ -55,7 +55,9 @@ class HarnessModel(TemplateLM):
         self.share = share
         self.name = ""
         self.say: Say | None = None
-        self.encoder = TextEncoder(model) if encoder is None else encoder
+        if encoder is None:
+            encoder = TextEncoder(model)
+        self.encoder = encoder
         # `TemplateLM.chat_template` and the harness's record of tokenizers ask a tokenizer of
         # transformers, which this is not.
         self.tokenizer = None

@@ -46,7 +46,9 @@ class TaskData(NamedTuple):
         return self.path in packaged_modules._PACKAGED_DATASETS_MODULES
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.name})" if self.name else str(self.path)
+        if self.name:
+            return f"{self.path} ({self.name})"
+        return str(self.path)
 
     def way_out(self) -> str:
         """How to give the data where the hub cannot."""
@@ -132,10 +134,15 @@ def explained(error: Exception, name: str, data: TaskData | None) -> CastaliaErr
     """
     if isinstance(error, CastaliaError):
         return error
-    task = name if data is None or data.task == name else f"{data.task} of {name}"
+    task = name
+    # A task of a group is named together with the group that was asked for.
+    if data is not None and data.task != name:
+        task = f"{data.task} of {name}"
     text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if isinstance(error, ImportError):
-        package = f"the package {error.name!r}" if error.name else "a package"
+        package = "a package"
+        if error.name:
+            package = f"the package {error.name!r}"
         return ConfigError(
             f"task {task} needs {package}, which cannot be imported ({text}); install it with pip"
         )

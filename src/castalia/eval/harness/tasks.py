@@ -134,7 +134,10 @@ def open_tasks(
     Raises   ConfigError for an unknown name, a broken file, a missing package, or a task that is
              not safe; DataError if a task's data is not there.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str):
+        names = [names]
+    else:
+        names = list(names)
     if not names:
         raise ConfigError("no task is named; give the name of a task or the path of a YAML file")
     if limit is not None and limit <= 0:

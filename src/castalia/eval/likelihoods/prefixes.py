@@ -113,7 +113,9 @@ def tree_of(inputs: Sequence[Ids]) -> Node:
         path[-1].children.append(node)
     for node in reversed(nodes_of(root)):
         node.inputs = bool(node.lines) + sum(child.inputs for child in node.children)
-        own = node.depth if node.lines else 0
+        own = 0
+        if node.lines:
+            own = node.depth
         node.tokens = own + sum(child.tokens for child in node.children)
     return root
 
@@ -122,7 +124,9 @@ def shared(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     """Length of the common beginning."""
     size = min(len(a), len(b))
     different = a[:size] != b[:size]
-    return int(different.argmax()) if different.any() else size
+    if different.any():
+        return int(different.argmax())
+    return size
 
 
 class Cover:

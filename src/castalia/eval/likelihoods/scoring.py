@@ -77,7 +77,9 @@ def require_lines(config: ModelConfig, lines: Sequence[Line]) -> None:
     for number, (context, continuation) in enumerate(lines):
         size = len(context) + len(continuation)
         if not context or not continuation:
-            part = "continuation" if context else "context"
+            part = "context"
+            if context:
+                part = "continuation"
             raise ConfigError(
                 f"line {number} has an empty {part}; both need a token, and a text without a"
                 " context can follow the token that ends a document"
@@ -129,7 +131,9 @@ class Scoring:
         batches = list(self.batches(groups))
         length = max((padded_length(batch) for batch in batches), default=header.end)
         rows = max((len(batch) for batch in batches), default=1)
-        ids = self.inputs[header.lines[0]][: header.end] if header.lines else ()
+        ids: tuple[int, ...] = ()
+        if header.lines:
+            ids = self.inputs[header.lines[0]][: header.end]
         wanted = self.wanted([header] if ids else [])
         self.add(self.reader.header(ids, wanted, rows, length), wanted)
         yield [line for line in header.lines if len(self.inputs[line]) == header.end]
@@ -190,7 +194,9 @@ class Scoring:
         for span in spans:
             # All that a line predicts lies at the end of its input.
             starts = [max(span.start, len(self.lines[i].context) - 1) for i in span.lines]
-            first = min(span.end, *starts) if starts else span.end
+            first = span.end
+            if starts:
+                first = min(span.end, *starts)
             for i, start in zip(span.lines, starts, strict=True):
                 if start >= span.end:
                     continue

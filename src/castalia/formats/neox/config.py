@@ -107,7 +107,9 @@ def of_writer(values: dict[str, Any], experts: ExpertNaming | None) -> dict[str,
         return values
     if experts == "newest":
         return {key: value for key, value in values.items() if normal(key) not in BEFORE}
-    return values if "moe_type" in named else values | {"moe_type": experts}
+    if "moe_type" in named:
+        return values
+    return values | {"moe_type": experts}
 
 
 def about_model(values: dict[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,9 @@ class NeoxFiles:
         have = {path.name for path in self.paths()}
         missing = [name for name in names if name not in have]
         if missing:
-            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            more = ""
+            if len(missing) > 4:
+                more = f" and {len(missing) - 4} more"
             raise CheckpointError(
                 f"{self.folder} lacks {', '.join(missing[:4])}{more}: its config has {ranks}"
                 f" model-parallel rank{'s' if ranks > 1 else ''}; copy the missing files"

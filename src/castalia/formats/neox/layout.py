@@ -97,7 +97,9 @@ def attention_layout(
             out |= norm_layout(config, number, NORM_PLACES[norm.role], ours)
     block = BlockLayout(config, ranks, naming, number)
     mixed = config.has_experts(layer)
-    linears = [*attention_linears(config), *(() if mixed else mlp_linears(config))]
+    linears = [*attention_linears(config)]
+    if not mixed:
+        linears += mlp_linears(config)
     out |= in_layer(block, linears, layer)
     if mixed:
         mlp = in_layer(block, [of_expert(part, config) for part in mlp_linears(config)], layer)

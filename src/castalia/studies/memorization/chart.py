@@ -89,8 +89,12 @@ class Chart:
 
     def box(self, number: int) -> str:
         """The HTML that the script fills."""
-        wide = " spread" if self.wide else ""
-        unit = f' <span class="unit">{escape(self.unit)}</span>' if self.unit else ""
+        wide = ""
+        if self.wide:
+            wide = " spread"
+        unit = ""
+        if self.unit:
+            unit = f' <span class="unit">{escape(self.unit)}</span>'
         return (
             f'<figure class="panel{wide}" data-chart="{number}"><figcaption>'
             f"<h2>{escape(self.title)}{unit}</h2>"
@@ -102,7 +106,9 @@ class Chart:
 def colour(number: int, share: float | None = None) -> str:
     """The colour of a curve, and its opacity."""
     name = f"--c{number % COLOURS}"
-    return name if share is None else f"{name}/{share}"
+    if share is None:
+        return name
+    return f"{name}/{share}"
 
 
 def curve(
@@ -187,7 +193,10 @@ def is_wide(values: Iterable[float]) -> bool:
 def steps_axis(steps: Iterable[int]) -> Axis:
     """The axis of checkpoints."""
     values = sorted(set(steps))
-    ticks = values if len(values) <= 8 else ()
+    ticks: Sequence[int] = ()
+    # More labels than eight overlap on a narrow page; round numbers take their place.
+    if len(values) <= 8:
+        ticks = values
     return Axis("checkpoint (training steps)", is_wide(values), values=ticks)
 
 

@@ -62,7 +62,9 @@ def share_chart(study: Study) -> Chart:
             for number, name in enumerate(names_of(study)):
                 lines = where(study.tables["shares"], model=name, selection=selection)
                 # The interval of a count is that of the share.
-                bars = None if column == "memorized" else ends
+                bars: tuple[str, str] | None = ends
+                if column == "memorized":
+                    bars = None
                 label = escape(name, quote=False)
                 trace = curve(label, number, lines, "step", column, bars, scale=scale, hover=hover)
                 trace["customdata"] = [line["rows"] for line in lines]
@@ -193,7 +195,9 @@ def quality_view(traces: list[dict[str, Any]], x: Axis, quality: str) -> View:
     """A view of curves in percent."""
     traces = [trace for trace in traces if trace["x"]]
     word = WORDS.get(quality, quality)
-    empty = "" if traces else f"No {word}: no row is memorized where it would be a share of them."
+    empty = ""
+    if not traces:
+        empty = f"No {word}: no row is memorized where it would be a share of them."
     return View(traces, x, Axis(f"{word} (%)", suffix="%", zero=True), empty=empty)
 
 
@@ -282,5 +286,7 @@ def heat_view(scans: list[tuple[str, int]], labels: list[str], title: str, cells
         "colorbar": {"thickness": 10, "outlinewidth": 0, "title": {"text": ""}},
         "hovertemplate": "%{y} and %{x}: <b>%{z:.4f}</b><br>%{customdata:,} rows<extra></extra>",
     }
-    empty = "" if known else "No correlation: a score is the same in all these rows."
+    empty = ""
+    if not known:
+        empty = "No correlation: a score is the same in all these rows."
     return View([trace], Axis(title), Axis(""), kind="heat", empty=empty)

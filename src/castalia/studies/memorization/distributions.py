@@ -57,7 +57,9 @@ def position_chart(study: Study) -> Chart:
                 trace["marker"]["size"] = 4
                 trace["customdata"] = [line["rows"] for line in lines]
                 traces.append(trace)
-            unit = "% of rows" if suffix else "share of the continuation"
+            unit = "share of the continuation"
+            if suffix:
+                unit = "% of rows"
             views[first, second] = View(
                 traces,
                 Axis("place in the order of training (rows)"),
@@ -93,7 +95,9 @@ def slope_chart(study: Study) -> Chart:
             None if line["change"] is None else 100 * line["change"] for line in lines
         ]
         traces.append(trace)
-    empty = "" if any(trace["x"] for trace in traces) else "A line needs three rows."
+    empty = "A line needs three rows."
+    if any(trace["x"] for trace in traces):
+        empty = ""
     return Chart(
         "Slope of the score over the order",
         "",
@@ -260,7 +264,9 @@ def histogram_chart(study: Study) -> Chart:
         # To the row: these are counts.
         trace["y"] = [line["rows"] for line in lines]
         trace["marker"]["size"] = 5
-        return [trace] if lines else []
+        if lines:
+            return [trace]
+        return []
 
     x = Axis("score (share of the continuation that is made)")
     views, choices = by_model(study, traces_of, x, Axis("rows", log=True))

@@ -54,7 +54,9 @@ def write_study(
     if folder.is_file():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     scans = open_scans(files, steps)
-    rows = None if stream is None else open_stream(stream, lambda text: None)
+    rows = None
+    if stream is not None:
+        rows = open_stream(stream, lambda text: None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -221,12 +223,16 @@ def density_rows(study: Study) -> list[list[str]]:
 
 def percent(value: float | None) -> str:
     """A share as text."""
-    return NONE if value is None else f"{100 * value:.3g}%"
+    if value is None:
+        return NONE
+    return f"{100 * value:.3g}%"
 
 
 def number(value: float | None) -> str:
     """A number as text."""
-    return NONE if value is None else f"{value:.3g}"
+    if value is None:
+        return NONE
+    return f"{value:.3g}"
 
 
 def interval(line: dict[str, Any], name: str, text: Any) -> str:
