@@ -89,7 +89,9 @@ def record_form(kind: str, tokenizer: Tokenizer, options: ChatOptions) -> Record
     Raises  ConfigError if the template is not valid; DataError if it cannot be read.
     """
     file = Path(tokenizer.where)
-    folder = file.parent if file.is_file() else None
+    folder = None
+    if file.is_file():
+        folder = file.parent
     template = template_of(options.template, tokenizer, folder)
     settings = read_settings(folder)
     require_tokens(tokenizer, settings, template)
@@ -109,7 +111,9 @@ def template_of(given: str | None, tokenizer: Tokenizer, folder: Path | None) ->
     if given is None:
         own = read_chat_template(folder)
         return own or NoTemplate("", tokenizer.where, tokens)
-    where = "data.chat_template" if "{" in given else given
+    where = given
+    if "{" in given:
+        where = "data.chat_template"
     return ChatTemplate(template_text(given), where, tokens)
 
 

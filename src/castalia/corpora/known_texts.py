@@ -39,7 +39,9 @@ class Words:
 
 def name_of(number: int) -> str:
     """The name of a document, which says whether it is held out."""
-    part = "held-out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"
+    part = "train"
+    if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+        part = "held-out"
     return f"{part}/{number:04}"
 
 
@@ -188,14 +190,18 @@ def person(words: Words) -> str:
     """One person in two sentences."""
     profession = words.one_of(tuple(PROFESSIONS))
     is_woman = words.draw() < PROFESSIONS[profession]
-    pronouns = SHE if is_woman else HE
+    pronouns = HE
+    if is_woman:
+        pronouns = SHE
     action = words.one_of(ACTIONS)
     things = words.one_of(THINGS)
     if words.draw() < 0.5:
         first = f"The {profession} said that {pronouns.subject} {action}."
     else:
         name = words.one_of(WOMEN if is_woman else MEN)
-        article = "an" if profession[0] in "aeiou" else "a"
+        article = "a"
+        if profession[0] in "aeiou":
+            article = "an"
         first = f"{name} is {article} {profession} and {pronouns.subject} {action}."
     if words.draw() < 0.5:
         return f"{first} {pronouns.possessive.capitalize()} {things} was new."
@@ -204,7 +210,9 @@ def person(words: Words) -> str:
 
 def once_or_held_out(document: TextDocument) -> int:
     """Copies of a document about people or numbers in the training part."""
-    return 0 if document.name.startswith("held-out/") else 1
+    if document.name.startswith("held-out/"):
+        return 0
+    return 1
 
 
 CopiesOf = Callable[[TextDocument], int]

@@ -22,7 +22,9 @@ def label_of(values: Mapping[str, Any]) -> float:
     # True and 1 are equal in Python, and so are False and 0.
     if not isinstance(label, bool | int) or label not in (0, 1):
         raise BadDocumentError(f"'label' is {label!r}, expected true or false, or 1 or 0")
-    return 1.0 if label else -1.0
+    if label:
+        return 1.0
+    return -1.0
 
 
 def margin_of(values: Mapping[str, Any]) -> float:

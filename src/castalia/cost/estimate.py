@@ -230,8 +230,10 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         for layer, costs in enumerate(stage_costs(model, degrees))
     ]
     gathered = 0
+    root = 0
     if not alone:
         gathered = gathered_bytes(work, weights, degrees)
+        root = weights.root
     if reads_narrow:
         gathered //= 2
     common = {
@@ -254,9 +256,6 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         activations=activation_bytes(work, degrees, tokens, blocks) * at_once,
         logits=vocabulary * size * logits_at_once,
     )
-    root = 0
-    if not alone:
-        root = weights.root
     at_end = Memory(
         **common,
         gradients=gradients + root,

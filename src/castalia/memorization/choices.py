@@ -22,7 +22,9 @@ def choices_of(
     best = []
     near = []
     losses = []
-    wanted = None if labels is None else torch.from_numpy(labels.reshape(-1))
+    wanted = None
+    if labels is not None:
+        wanted = torch.from_numpy(labels.reshape(-1))
     at = 0
     for logits in parts:
         if wanted is not None:

@@ -41,14 +41,18 @@ class Completions(NamedTuple):
 
     def at(self, places: Ids) -> "Completions":
         """Those of some windows, which may repeat."""
-        losses = None if self.losses is None else self.losses[places]
+        losses = None
+        if self.losses is not None:
+            losses = self.losses[places]
         return Completions(self.made[places], self.exact[places], losses, self.near[places])
 
 
 def nothing(wanted: Wanted, continuation: int) -> Completions:
     """The completions of no window."""
     no = np.empty(0, np.bool_)
-    losses = np.empty(0, np.float32) if wanted.loss else None
+    losses = None
+    if wanted.loss:
+        losses = np.empty(0, np.float32)
     return Completions(np.empty((0, continuation), np.int64), no, losses, no)
 
 
@@ -128,7 +132,9 @@ def by_force(reader: Reader, windows: Ids, wanted: Wanted) -> Completions:
     reader.open(len(windows), windows.shape[1] - 1)
     every = np.arange(len(windows))
     true = windows[:, wanted.prompt :]
-    labels = true if wanted.loss else None
+    labels = None
+    if wanted.loss:
+        labels = true
     choices = reader.read(every, np.zeros_like(every), windows[:, :-1], wanted.prompt - 1, labels)
     first = first_mismatch(choices.best, true)
     # A token after the mismatch was chosen behind a token that decoding never writes.

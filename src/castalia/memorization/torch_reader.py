@@ -18,7 +18,9 @@ class TorchReader(Reader):
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.rewinds = model.family.can_rewind(model.config)
-        self.rows_at_once = 128 if model.head_weight.is_cpu else 1024
+        self.rows_at_once = 1024
+        if model.head_weight.is_cpu:
+            self.rows_at_once = 128
         self.state: ModelState | None = None
 
     def open(self, count: int, length: int) -> None:

@@ -168,7 +168,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        # JSON has no NaN.
+        if math.isfinite(value):
+            return value
+        return None
     if isinstance(value, dict):
         return {str(plain(key)): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -75,7 +75,9 @@ def lines_to_file(
 
     Raises  as `row_records`; ConfigError if the file is of another job.
     """
-    name = stream.config.data.tokenizer if tokenizer is not None else None
+    name = None
+    if tokenizer is not None:
+        name = stream.config.data.tokenizer
     facts = {"mode": "jsonl", "tokenizer": name, "first": steps.start, **identity(stream)}
     places = stream.places(steps.start, steps.stop, planned=True)
     with LineFile(path, facts, steps.stop, overwrite) as file:
@@ -218,7 +220,9 @@ def arrow_schema(stream: Stream, per: Per) -> Any:
     pyarrow = require("pyarrow", EXTRA, PURPOSE)
     widest = np.result_type(*(side.dataset.dtype for side in stream.rows.train.row_sources))
     number = pyarrow.int64()
-    of_spans = number if per == "span" else pyarrow.list_(number)
+    of_spans = number
+    if per != "span":
+        of_spans = pyarrow.list_(number)
     columns = {
         "step": number,
         "row": number,

@@ -39,7 +39,9 @@ def continuations(
     tokenizer = stream.tokenizer
 
     def decoded(numbers: Sequence[int]) -> str | None:
-        return None if tokenizer is None else tokenizer.decode(numbers)
+        if tokenizer is None:
+            return None
+        return tokenizer.decode(numbers)
 
     return {
         "ids": context,

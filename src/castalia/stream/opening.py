@@ -103,14 +103,18 @@ class Stream:
     @property
     def trained(self) -> int:
         """Steps that the run has finished; 0 without a folder."""
-        return 0 if self.folder is None else steps_trained(self.folder)
+        if self.folder is None:
+            return 0
+        return steps_trained(self.folder)
 
     @property
     def known(self) -> int:
         """Steps whose rows a question without a limit is about: those that are trained, or without
         a folder all of the config."""
         # A run may have been given fewer steps after it had trained them.
-        return self.steps if self.folder is None else min(self.trained, self.steps)
+        if self.folder is None:
+            return self.steps
+        return min(self.trained, self.steps)
 
     @property
     def curriculum(self) -> Curriculum:
@@ -122,7 +126,9 @@ class Stream:
         """The tokenizer that the config names."""
         # Kept: to read Pythia's takes a tenth of a second, and a trace has a millisecond.
         name = self.config.data.tokenizer
-        return load_tokenizer(name) if name else None
+        if name:
+            return load_tokenizer(name)
+        return None
 
     def tokenizer_for(self, purpose: str) -> Tokenizer:
         """The tokenizer that the config names, for what needs one, such as "a text".

@@ -106,7 +106,9 @@ def newest_fingerprint(checkpoints: Path) -> dict[str, Any] | None:
         except CheckpointError:
             continue  # the one before it has the same data
         found = state.get("data")
-        return found if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            return found
+        return None
     return None
 
 
@@ -114,4 +116,6 @@ def listed(names: Sequence[str]) -> str:
     """The first few of some texts, and how many more there are."""
     more = len(names) - NAMED
     shown = "; ".join(names[:NAMED])
-    return f"{shown}; and {more} more" if more > 0 else shown
+    if more > 0:
+        return f"{shown}; and {more} more"
+    return shown

@@ -1,6 +1,7 @@
 """From a row of a source to the places at which a run serves it, and from a text's place in a
 document to every step that reads it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +201,9 @@ def all_maps(served: ServedRows, stop: int) -> dict[str, NDArray[Any]]:
         maps[f"{number}.rows"] = first
         maps[f"{number}.places"] = places[items]
         # Of a source that no step reads nothing is asked.
-        own = document_maps(row_source) if len(places) else {}
+        own: Mapping[str, NDArray[Any]] = {}
+        if len(places):
+            own = document_maps(row_source)
         maps |= {f"{number}.{name}": values for name, values in own.items()}
     return maps
 

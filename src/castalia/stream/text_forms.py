@@ -46,6 +46,8 @@ def form_of_ids(ids: Sequence[int], vocab_size: int | None = None) -> Form:
         raise ConfigError("--ids: expected token ids such as 510,2904,13")
     for number in ids:
         if number < 0 or (vocab_size is not None and number >= vocab_size):
-            limit = "" if vocab_size is None else f" below {vocab_size}"
+            limit = ""
+            if vocab_size is not None:
+                limit = f" below {vocab_size}"
             raise ConfigError(f"--ids: {number} is not a token id; expected integers >= 0{limit}")
     return Form(tuple(ids), "as given")

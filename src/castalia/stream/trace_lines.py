@@ -89,8 +89,12 @@ def context(trace: Trace, number: int, mark: Mark) -> str:
         before, own, after = (" ".join(map(str, piece.tolist())) for piece in pieces)
         return f"{before} {mark(own)} {after}".strip()
     before, own, after = (one_line(tokenizer.decode(piece)) for piece in pieces)
-    head = "…" if begin > AROUND else ""
-    tail = "…" if stop < len(row) else ""
+    head = ""
+    if begin > AROUND:
+        head = "…"
+    tail = ""
+    if stop < len(row):
+        tail = "…"
     return f"{head}{before}{mark(own)}{after}{tail}"
 
 
@@ -107,7 +111,9 @@ def origin_lines(trace: Trace, limit: int) -> Iterator[str]:
     lines = []
     for source, document in list(dict.fromkeys(pairs))[:ORIGINS]:
         prefix = trace.stream.rows.train.row_sources[source].dataset.prefix
-        origin = read_provenance(prefix, document) if document >= 0 else None
+        origin = None
+        if document >= 0:
+            origin = read_provenance(prefix, document)
         if origin is not None:
             name = trace.stream.sources[source]
             lines.append(f"{name} {document}: {origin_text(origin)}")

@@ -63,7 +63,10 @@ class Trace:
 
     def seen_before(self, steps: Sequence[int] | None = None) -> dict[int, int]:
         """How often checkpoints have seen the text: checkpoint C has read steps 0 to C - 1."""
-        chosen = self.checkpoints if steps is None else list(steps)
+        if steps is None:
+            chosen = self.checkpoints
+        else:
+            chosen = list(steps)
         # Left: checkpoint C has not seen step C, which leads on from it.
         counts = np.searchsorted(self.steps[0], chosen, side="left")
         return dict(zip(chosen, counts.tolist(), strict=True))
@@ -104,7 +107,10 @@ class Tracer:
         planned: bool = False,
         index_folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.stream = stream if isinstance(stream, Stream) else open_stream(stream)
+        if isinstance(stream, Stream):
+            self.stream = stream
+        else:
+            self.stream = open_stream(stream)
         self.stop = last_step(self.stream, before, planned)
         self.searches = open_searches(self.stream, index_folder)
         self.places = ServedPlaces(self.stream, self.stop)
@@ -149,7 +155,9 @@ class Tracer:
         how = "rows"
         if sum(map(len, read)) < self.places.stop:
             indexed = all(isinstance(one, Index) for one in self.searches.values())
-            how = "index" if indexed else "files"
+            how = "files"
+            if indexed:
+                how = "index"
             occurrences, cut, in_files = search(self.places, self.searches, forms)
             occurrences = occurrences.chosen(outside(occurrences.place, read))
             # Maps and indexes are trusted by their keys: some answers are compared with the rows.
@@ -253,7 +261,10 @@ def last_step(stream: Stream, before: int | None, planned: bool) -> int:
             )
         stream.check_steps(0, before, planned=planned)
         return before
-    stop = stream.steps if planned else stream.known
+    if planned:
+        stop = stream.steps
+    else:
+        stop = stream.known
     if not stop:
         raise ConfigError(f"{stream.folder} has not trained a step yet: no row has been read")
     return stop

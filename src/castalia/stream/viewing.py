@@ -61,7 +61,10 @@ def parse_steps(text: str, batches: BatchSizes | int, total: int) -> Steps:
             f" {begin}:{begin + 1}"
         )
     if not begin < end <= total:
-        asked = f"steps {begin} to {end - 1}" if colon else f"step {begin}"
+        if colon:
+            asked = f"steps {begin} to {end - 1}"
+        else:
+            asked = f"step {begin}"
         raise ConfigError(f"--steps {text}: {asked}, but the run has steps 0 to {total - 1}")
     return Steps(begin, end, sizes_of(batches))
 
@@ -162,7 +165,9 @@ def contents_of(
         if origin is not None:
             document["from"] = origin
     if tokenizer is not None and row is not None:
-        ids = row.tokens if length is None else row.tokens[: length + 1]
+        ids = row.tokens
+        if length is not None:
+            ids = row.tokens[: length + 1]
         record["text"] = tokenizer.decode(ids)
         ends = np.cumsum([piece.length for piece in shown])
         piece_ids = np.split(ids, ends[:-1])

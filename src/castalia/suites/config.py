@@ -86,7 +86,9 @@ class SuiteConfig(Config):
     @property
     def base_words(self) -> list[str]:
         """The words of the base."""
-        return [self.base] if isinstance(self.base, str) else self.base
+        if isinstance(self.base, str):
+            return [self.base]
+        return self.base
 
     @property
     def folder(self) -> Path:

@@ -181,7 +181,9 @@ def chosen_seeds(config: SuiteConfig, asked: str | Sequence[int | str] | None) -
     by_name = {seed_name(seed): seed for seed in [*config.seeds, *config.extra_seeds]}
     found = []
     for word in words_in(asked):
-        name = f"seed{word}" if word.isdecimal() else word
+        name = word
+        if word.isdecimal():
+            name = f"seed{word}"
         if name not in by_name:
             raise ConfigError(
                 f"suite {config.name} has no seed {word!r}; its seeds are"
@@ -240,7 +242,10 @@ def make_member(config: SuiteConfig, size: str, data: str, seed: Seed) -> Member
 def words_of(config: SuiteConfig, size: str, data: str) -> list[str]:
     """The words of a size and a data variant, without seed and folder."""
     of_size = config.sizes[size]
-    own = {"preset": of_size} if isinstance(of_size, str) else dict(of_size)
+    if isinstance(of_size, str):
+        own = {"preset": of_size}
+    else:
+        own = dict(of_size)
     variant = dict(config.data[data])
     name = own.pop("preset", None)
     template = variant.pop("preset", None)
@@ -284,7 +289,9 @@ def without_model(words: Sequence[str], name: str) -> Values:
     They are laid over the preset `name`, so that two families read the same rows.
     """
     named = sort_words(words)
-    below = preset(named.presets[0]) if named.presets else {}
+    below = {}
+    if named.presets:
+        below = preset(named.presets[0])
     files, _ = read_files(named.files)
     values = merge(below, files, *(parse_override(word) for word in named.overrides))
     model = values.pop("model", {})

@@ -156,7 +156,9 @@ def is_done(member: Member, state: RunState) -> bool:
 
 def described(state: RunState) -> str:
     """Steps and loss of a member."""
-    loss = "" if state.loss is None else f", loss {state.loss:.4f}"
+    loss = ""
+    if state.loss is not None:
+        loss = f", loss {state.loss:.4f}"
     return f"step {state.step}{loss}, {len(state.checkpoints)} checkpoints"
 
 

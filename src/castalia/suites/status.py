@@ -28,7 +28,9 @@ class MemberStatus(NamedTuple):
 
     def cells(self) -> list[str]:
         """The columns of the table."""
-        loss = "-" if self.loss is None else f"{self.loss:.4f}"
+        loss = "-"
+        if self.loss is not None:
+            loss = f"{self.loss:.4f}"
         saved = str(len(self.checkpoints))
         step = f"{self.step}/{self.steps}"
         seed = str(self.data_seed)

@@ -26,8 +26,12 @@ def binomial_interval(hits: int, rows: int, level: float = LEVEL) -> Interval | 
     variance = share * (1 - share) / rows + z * z / (4 * rows * rows)
     half = z * math.sqrt(variance) / (1 + z * z / rows)
     # Exactly 0 and 1 at the ends, which rounding misses.
-    low = 0.0 if hits == 0 else middle - half
-    high = 1.0 if hits == rows else middle + half
+    low = 0.0
+    if hits != 0:
+        low = middle - half
+    high = 1.0
+    if hits != rows:
+        high = middle + half
     return low, high
 
 

@@ -66,7 +66,9 @@ class Confusion(NamedTuple):
 
 def ratio(part: float, whole: float) -> float | None:
     """A share; None of nothing."""
-    return part / whole if whole else None
+    if whole:
+        return part / whole
+    return None
 
 
 def confusion_of(counts: Counts) -> Confusion:
@@ -131,5 +133,7 @@ def top_of(counts: Counts, share: float) -> Counts:
     # Rows with at least each sum; the last sum that has enough of them.
     above = np.cumsum(by_sum[::-1])[::-1]
     enough = np.flatnonzero(above >= share * counts.sum())
-    least = int(enough[-1]) if len(enough) else 0
+    least = 0
+    if len(enough):
+        least = int(enough[-1])
     return np.where(sums >= least, counts, 0)

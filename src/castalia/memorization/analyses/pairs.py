@@ -55,7 +55,9 @@ def kind_of(scans: Sequence[Scan], one: int, other: int) -> str:
     early = scans[one]
     late = scans[other]
     if early.file is late.file:
-        return "checkpoint" if late.step == late.file.steps[-1] else ""
+        if late.step == late.file.steps[-1]:
+            return "checkpoint"
+        return ""
     # Without sizes, or between seeds of one size, neither is the small model.
     if early.file.size == late.file.size or None in (early.file.size, late.file.size):
         return ""
@@ -63,7 +65,9 @@ def kind_of(scans: Sequence[Scan], one: int, other: int) -> str:
         return ""
     if early.step == late.step:
         return "size"
-    return "both" if other == reference_of(scans) else ""
+    if other == reference_of(scans):
+        return "both"
+    return ""
 
 
 def seeds_match(scans: Sequence[Scan], one: Scan, other: Scan) -> bool:

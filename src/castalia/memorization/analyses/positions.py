@@ -82,7 +82,9 @@ class Positions:
         rest = max(0.0, scores - slope * both)
         half = student_quantile(rows - 2) * math.sqrt(rest / (rows - 2) / spread)
         length = (self.ends[1] - self.ends[0]) / MILLION
-        change = slope * length / (y / rows) if y else None
+        change = None
+        if y:
+            change = slope * length / (y / rows)
         return Slope(rows, slope, (slope - half, slope + half), change)
 
     def data(self) -> list[dict[str, Any]]:

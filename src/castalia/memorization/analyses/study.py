@@ -212,7 +212,9 @@ def slopes(scans: Sequence[Scan], positions: Sequence[Positions]) -> Lines:
 
 def densities(density: Density) -> Lines:
     """The dispersion test of one scan; no line without a complete window."""
-    return [density.data()] if density.windows else []
+    if density.windows:
+        return [density.data()]
+    return []
 
 
 def density_counts(density: Density) -> Lines:

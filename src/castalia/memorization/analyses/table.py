@@ -66,7 +66,10 @@ class ScoreTable:
         self.places = max(file.places for file in files)
         self.scans = [Scan(file, step) for file in files for step in file.steps]
         self.losses = [Losses(self.memorized) for _ in self.scans]
-        dtype = np.uint8 if self.memorized < 256 else np.uint16
+        # A byte for each row and scan, unless a continuation has more than 254 tokens.
+        dtype: Any = np.uint16
+        if self.memorized < 256:
+            dtype = np.uint8
         require_room(folder, self.places * len(self.scans) * np.dtype(dtype).itemsize)
         # Mapped, not in memory; a new file is sparse and reads as zeros.
         try:
@@ -84,7 +87,10 @@ class ScoreTable:
         parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
         numbers = {scan.step: n for n, scan in enumerate(self.scans) if scan.file is file}
         with parquet.ParquetFile(file.path) as source:
-            names = ["step", "index", "score" if self.scored else "exact", "loss"]
+            score = "exact"
+            if self.scored:
+                score = "score"
+            names = ["step", "index", score, "loss"]
             for batch in source.iter_batches(BATCH, columns=names):
                 steps, index, score, loss = (
                     batch[name].to_numpy(zero_copy_only=False) for name in names

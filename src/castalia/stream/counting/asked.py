@@ -79,7 +79,9 @@ class TermFinder:
     def __call__(self, pieces: Pieces) -> Findings:
         """The occurrences in the pieces of a block."""
         found = self.find(pieces)
-        rows_at = pieces.rows_at_ids if self.by_ids else pieces.rows_at
+        rows_at = pieces.rows_at
+        if self.by_ids:
+            rows_at = pieces.rows_at_ids
         return Findings(self.labels, found.term, rows_at(found.start))
 
 
@@ -209,7 +211,9 @@ def read_terms(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--terms {path}: cannot be read as text: {error}") from None
-    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    lines = []
+    if text.strip():
+        lines = text.removesuffix("\n").split("\n")
     require_terms(lines, str(path))
     return lines
 

@@ -49,7 +49,9 @@ class Counts:
     @property
     def found(self) -> int:
         """How many labels there are, also those that are not among `labels`."""
-        return len(self.labels) if self.distinct is None else self.distinct
+        if self.distinct is None:
+            return len(self.labels)
+        return self.distinct
 
     @property
     def totals(self) -> NDArray[np.int64]:
@@ -139,7 +141,9 @@ def most_frequent(job: CountJob, stems: list[Path], chosen: Range, top: int) -> 
     assert isinstance(job.asked, Ngrams)
     best = top_of(stems, chosen.checkpoints, top)
     cutter = Cutter(job.asked, job.tokenizer)
-    numbers = unpack(best.keys, job.asked.n, cutter.bits).tolist() if len(best.keys) else []
+    numbers = []
+    if len(best.keys):
+        numbers = unpack(best.keys, job.asked.n, cutter.bits).tolist()
     ids = None
     if job.asked.words:
         words = words_by_hash(stems, {number for row in numbers for number in row})
@@ -204,7 +208,9 @@ def checkpoints_of(stream: Stream, first: int, stop: int, at: Sequence[int] | No
     Raises  ConfigError for one out of the range.
     """
     if at is None:
-        saved = [] if stream.folder is None else complete_steps(stream.folder / "checkpoints")
+        saved = []
+        if stream.folder is not None:
+            saved = complete_steps(stream.folder / "checkpoints")
         return sorted({*(step for step in saved if first <= step <= stop), stop})
     for step in at:
         if not first <= step <= stop:

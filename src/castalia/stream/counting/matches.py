@@ -40,7 +40,10 @@ class Pattern:
         # The library re cannot be stopped within a row.
         library = require("regex", "count", "--regex")
         try:
-            self.pattern: Any = library.compile(pattern, library.I if ignore_case else 0)
+            flags = 0
+            if ignore_case:
+                flags = library.I
+            self.pattern: Any = library.compile(pattern, flags)
         except library.error as error:
             where = " at its end"
             if error.pos is not None and error.pos < len(pattern):
@@ -48,7 +51,9 @@ class Pattern:
             raise ConfigError(f"--regex {pattern!r}: {error.msg}{where}") from None
         if not pattern:
             raise ConfigError("--regex '': an empty pattern matches everywhere; write one")
-        self.group = 1 if self.pattern.groups else 0
+        self.group = 0
+        if self.pattern.groups:
+            self.group = 1
         self.ignore_case = ignore_case
         self.seconds = seconds
 

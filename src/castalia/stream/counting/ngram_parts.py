@@ -116,7 +116,10 @@ def merged(
     for keys, counts in parts:
         first = keys[:, 0]
         begin = int(np.searchsorted(first, np.uint64(low)))
-        end = len(keys) if high is None else int(np.searchsorted(first, np.uint64(high)))
+        if high is None:
+            end = len(keys)
+        else:
+            end = int(np.searchsorted(first, np.uint64(high)))
         slices.append((np.array(keys[begin:end]), np.array(counts[begin:end])))
     all_keys = np.concatenate([keys for keys, _ in slices])
     distinct, _ = added_up(all_keys)
@@ -193,7 +196,9 @@ def words_by_hash(stems: Sequence[Path], hashes: set[int]) -> dict[int, str]:
         here = np.flatnonzero(np.append(known, np.uint64(0))[place] == wanted)
         for number in here.tolist():
             at = int(place[number])
-            begin = int(ends[at - 1]) if at else 0
+            begin = 0
+            if at:
+                begin = int(ends[at - 1])
             words[int(wanted[number])] = text[begin : int(ends[at])].tobytes().decode("utf-8")
         wanted = np.array(sorted(hashes - set(words)), np.uint64)
         if not len(wanted):

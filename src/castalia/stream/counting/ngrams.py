@@ -54,7 +54,10 @@ class Cutter:
     def __init__(self, asked: Ngrams, tokenizer: Tokenizer) -> None:
         self.n = asked.n
         self.by_words = asked.words
-        self.bits = 64 if asked.words else max(1, tokenizer.vocab_size.bit_length())
+        if asked.words:
+            self.bits = 64
+        else:
+            self.bits = max(1, tokenizer.vocab_size.bit_length())
         self.hashes: dict[str, int] = {}
         self.names: dict[int, str] = {}
         """Words of this part by their hash."""
@@ -105,7 +108,8 @@ def pack(windows: NDArray[Any], bits: int) -> Keys:
         column = np.zeros(len(windows), np.uint64)
         for place, number in enumerate(windows[:, begin : begin + each].T):
             # The first is not shifted: with 64 bits the shift would be undefined.
-            column = column << np.uint64(bits) if place else column
+            if place:
+                column = column << np.uint64(bits)
             column |= number.astype(np.uint64)
         columns.append(column)
     return np.stack(columns, 1)

@@ -48,7 +48,9 @@ class StepCounts:
             self.numbers.setdefault(findings.labels[label], len(self.numbers))
             for label in labels.tolist()
         ]
-        own = np.array(known, np.int64)[number] if known else number
+        own = number
+        if known:
+            own = np.array(known, np.int64)[number]
         self.keys.append(own << 32 | distinct & 0xFFFFFFFF)
         self.counts.append(counts)
 
@@ -60,7 +62,9 @@ class StepCounts:
         sums = np.bincount(place, counts, minlength=len(key)).astype(np.int64).cumsum()
         label = key >> 32
         ends = np.searchsorted(label, np.arange(len(self.numbers)), side="right")
-        totals = np.diff(sums[ends - 1], prepend=0) if len(ends) else sums
+        totals = sums
+        if len(ends):
+            totals = np.diff(sums[ends - 1], prepend=0)
         # Prefix sums begin anew with every label.
         before = np.repeat(
             np.concatenate(([0], sums[ends - 1]))[: len(ends)], np.diff(ends, prepend=0)

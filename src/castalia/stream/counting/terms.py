@@ -55,7 +55,9 @@ class TextTerms:
         spelled = [term.lower() if options.ignore_case else term for term in terms]
         numbers = range(len(terms))
         short = [n for n in numbers if self.whole and is_short_word(spelled[n])]
-        self.words = Words([spelled[n].encode() for n in short], short) if short else None
+        self.words = None
+        if short:
+            self.words = Words([spelled[n].encode() for n in short], short)
         rest = sorted(set(numbers) - set(short))
         self.automaton: Any = None
         if rest:
@@ -68,7 +70,10 @@ class TextTerms:
     def __call__(self, pieces: Pieces) -> Found:
         """The occurrences in the text of some pieces, in no order."""
         text = np.frombuffer(pieces.text, np.uint8)
-        word = word_bytes(text) if self.whole else np.empty(0, np.bool_)
+        if self.whole:
+            word = word_bytes(text)
+        else:
+            word = np.empty(0, np.bool_)
         parts = []
         if self.words is not None:
             parts.append(self.words.find(text, word))
