@@ -247,9 +247,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)
     )
     # With one micro-batch the blocks have no gradients yet while the head computes its own.
-    waiting = 0
-    if steps > 1:
-        waiting = gradients
+    waiting = gradients * (steps > 1)
     at_head = Memory(
         **common,
         gradients=head + waiting,
