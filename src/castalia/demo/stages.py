@@ -63,6 +63,7 @@ class TrainClock(Hook):
 
     def close(self) -> None:
         """Stop counting."""
+        # A run that fails before its first step closes its hooks without having started them.
         if self.progress:
             self.seconds = time.perf_counter() - self.since
             self.tokens = self.progress.tokens - self.before
@@ -93,6 +94,7 @@ class Demo:
         command: Sequence[str],
         say: Callable[[str], None],
     ) -> None:
+        # The time that the imports took, before there was a clock, counts for the user.
         self.since = time.perf_counter() - START_SECONDS
         self.words = words
         self.minutes = minutes
@@ -103,6 +105,7 @@ class Demo:
         self.folder = Path(self.config.output)
         # Without the folder, so that a demo may be moved.
         values = self.config.model_dump(mode="json", exclude={"output"})
+        # A value that was given is kept; the same value as a default may be fitted.
         given = [self.gives("train.steps"), self.gives("precision")]
         text = json.dumps([values, given], sort_keys=True)
         self.hash = hashlib.sha256(text.encode()).hexdigest()
@@ -143,6 +146,7 @@ class Demo:
             )
             if record["config"] == self.hash:
                 return record
+        # A missing or damaged record costs time, not the demo: its stages are run again.
         except (OSError, ValueError, KeyError):
             pass
         return {"config": self.hash, "stages": {}}
@@ -175,6 +179,7 @@ class Demo:
         for number, stage in enumerate(stages, 1):
             if self.has_done(stage.__name__):
                 continue
+            # The first line of a stage's docstring is its title on the screen.
             title = (stage.__doc__ or "").splitlines()[0].rstrip(".")
             self.say(f"\n[{number}/{len(stages)}] {title}")
             start = time.perf_counter()

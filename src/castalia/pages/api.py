@@ -24,10 +24,10 @@ from castalia.pages.sources import (
 HEAD = """\
 # Python reference
 
-This page is generated from the sources by `make docs`: the names that `castalia` and its rooms
-export, with their signatures and docstrings. [Castalia from Python](python.md) and the
-[tutorial](tutorial.md) show them at work. `help(castalia.load)` prints the same on the screen.
-Rooms and names are imported on first use, so that `import castalia` waits for nothing.
+Every name that `castalia` and its subpackages export, with signature and docstring. `make docs`
+generates this page from the sources. [Castalia from Python](python.md) and the
+[tutorial](tutorial.md) show the names in use; `help(castalia.load)` prints the same on the screen.
+Subpackages and names are imported on first use, so that `import castalia` is fast.
 """
 WIDEST = 92
 ALIGNED = re.compile(r"^\S.*\S {2,}\S|^ |^>>> |^\.\.\. ", re.MULTILINE)

@@ -19,9 +19,10 @@ config. [Config](config.md) says how presets, files and overrides combine, and
 [GPT-NeoX's arguments](gpt-neox-options.md) lists the options by GPT-NeoX's names.
 
 An option marked *resume* may change when a run is resumed; any other is fixed for the whole run.
-Where a section has kinds, such as `optim.kind`, the first table has the options of all kinds, then
-come tables for several kinds and for one; a default is that of the first kind that a table is for,
-and a kind with another one says so.
+
+Some sections have kinds, such as `optim.kind`. Their first table has the options of all kinds; the
+tables after it have those of several kinds or of one. Defaults are those of the first kind in the
+title of a table. A kind with other defaults lists them.
 """
 TITLES = ("option", "type, unit", "default", "meaning")
 READERS = re.compile(

@@ -91,6 +91,7 @@ class RunUpload:
         one without its branch.
         Raises  CastaliaError if an export fails or the hub is lost; the same call continues.
         """
+        # The newest step is exported in any case, for main.
         steps = sorted({*self.steps, self.facts.last})
         if self.options.dry_run:
             for step in steps:
@@ -102,6 +103,7 @@ class RunUpload:
             for step in steps:
                 for revision in self.revisions(step):
                     yield self.upload(step, revision)
+                # One export at a time is on the disk: a run of Pythia has 154 checkpoints.
                 shutil.rmtree(self.work / f"step{step}", ignore_errors=True)
         # Also what is left of a killed upload with other --steps.
         shutil.rmtree(self.work, ignore_errors=True)
@@ -113,6 +115,7 @@ class RunUpload:
         assert self.hub is not None
         checkpoint = self.facts.place(step)
         found = remote(self.hub, revision, checkpoint, self.spec)
+        # The hub's own record decides, not a local one: somebody may have changed the branch.
         if found is None:
             folder = self.exported(step)
             card = run_card(self.plan, step, revision, read_record(folder))
@@ -120,6 +123,7 @@ class RunUpload:
             files = files_of(folder, card)
             pushed = self.hub.send(files, revision, self.spec.kind.name, message)
             return self.done(step, "export", pushed)
+        # Evaluations since the last upload change the card and no weight.
         card = run_card(self.plan, step, revision, found.record)
         if has_card(found.record, card):
             names = [*found.record[HASHES], RECORD]
@@ -210,6 +214,7 @@ def hub_of(repo: str, options: UploadOptions) -> Hub | None:
 
     Raises  as `Hub.open`.
     """
+    # A dry run shows its plan to those, too, who have no account yet.
     if options.dry_run and not os.environ.get(TOKEN, "").strip():
         return None
     push = Push(repo, private=options.private, endpoint=options.endpoint, force=options.force)

@@ -63,9 +63,11 @@ def write_answers(
     """
     admissions = []
     for prompt in prompts:
+        # Checked and encoded once; the answers to a prompt share its beginning.
         text = model.continuation(prompt.ids, drawing.max_tokens)
         for number in range(drawing.completions):
             key = draw_key(drawing.seed, drawing.step, prompt.place, number)
+            # One for each answer: a shared one would tie the draws to the order of the slots.
             generator = torch.Generator(model.engine.device).manual_seed(key)
             admissions.append(Admission(text.fork(), drawing.sampling, generator))
     run(model, admissions, drawing.at_once)
@@ -78,6 +80,7 @@ def write_answers(
 def draw_key(seed: int, step: int, place: int, number: int) -> int:
     """Seed of the draws of one answer, an int64 >= 0: a hash, so that no two are neighbours."""
     text = f"{seed} {step} {place} {number}".encode()
+    # 63 bits: torch takes seeds as signed integers of 64.
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
@@ -117,6 +120,7 @@ def answer_of(one: Admission) -> Answer:
 def ends_of_texts(tokenizer: Tokenizer, vocab_size: int) -> SpecialIds:
     """The ids that end an answer: those that the files beside the tokenizer name."""
     file = Path(tokenizer.where)
+    # `bytes` and `char` are names of tokenizers without files.
     if not file.is_file():
         return SpecialIds.of_tokenizer(tokenizer)
     special = read_special_ids(file.parent, tokenizer, vocab_size)

@@ -62,6 +62,7 @@ class PromptRecords:
         """The records beside a token file, a line each; None where there are none."""
         if prefix not in self.known:
             file = Path(prefix).parent / RECORDS
+            # In memory: prompts are few beside the texts of a corpus, and are asked for at random.
             self.known[prefix] = file.read_bytes().splitlines() if file.is_file() else None
         return self.known[prefix]
 
@@ -74,6 +75,7 @@ def require_room(rows: ServedRows, most: int, option: str) -> None:
     """
     for number in rows.with_rows():
         dataset = rows.row_sources[number].dataset
+        # The sizes stand in the .idx, so that no prompt is read.
         longest = int(dataset.sizes.max(initial=0))
         if longest <= most:
             continue

@@ -31,6 +31,7 @@ class RolloutFile:
 
         Takes   groups: answers by the place of their prompt; prompt_at: the prompt at a place.
         """
+        # Only now: a resume that stops before it has answers leaves the file alone.
         if not self.is_open:
             self.is_open = True
             self.drop_from(step)
@@ -77,6 +78,7 @@ def facts_of(groups: Iterable[Sequence[Judged]], names: Sequence[str]) -> dict[s
         "answer_tokens": sum(len(one.answer.ids) for one in judged) / len(judged),
         "ended": sum(one.answer.has_ended for one in judged) / len(judged),
     }
+    # The mean of a single reward is `reward` itself, which the loss logs.
     if len(names) < 2:
         return facts
     for place, name in enumerate(names):

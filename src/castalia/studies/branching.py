@@ -87,6 +87,7 @@ class Branch:
     def command_words(self, name: str, sections: list[dict[str, Any]]) -> list[str]:
         """The words of `castalia train` for a branch."""
         return [
+            # The run's folder as the config: a branch differs in what follows, and in nothing else.
             self.parent.output,
             f"output={self.folder(name)}",
             f"model.start={self.parent.output}@{self.checkpoint}",
@@ -122,6 +123,8 @@ def plan_branch(
     sections, rest = sections_of(words)
     checkpoint = checkpoint_at(Path(parent.output), step)
     own = [section.model_dump(mode="json") for section in parent.data.interventions]
+    # None may begin earlier: between the checkpoint and `at` the branch would read other rows than
+    # the run.
     new = [begun(section, step, parent.train.steps) for section in sections]
     name = name or "-".join(dict.fromkeys(str(section.get("kind", "swap")) for section in new))
     if name == "control" or "/" in name:
@@ -218,6 +221,7 @@ def train_branch(branch: Branch, say: Say) -> dict[str, Any]:
     for title, config in (("control", branch.control), (branch.name, branch.changed)):
         folders[title] = config.output
         done = complete_steps(Path(config.output) / "checkpoints")
+        # Several branches share a control; the second one finds it trained.
         if done and done[-1] >= config.train.steps:
             require_same_branch(branch, config)
             say(f"{title}: {config.output} is trained")
@@ -265,6 +269,7 @@ def require_same_branch(branch: Branch, config: RunConfig) -> None:
     trained = newest_fingerprint(folder / "checkpoints")
     _, rows = rows_as_trained(config, lambda text: None)
     differences = []
+    # The fingerprint has the hash of the interventions beside that of the data.
     if trained is not None:
         differences = changed(of_training(trained), of_training(rows.fingerprint))
     saved = resolve([str(folder)]).config
@@ -288,10 +293,12 @@ def compared(one: Path, other: Path, after: int) -> dict[str, Any]:
     steps = [set(complete_steps(folder / "checkpoints")) for folder in (one, other)]
     common = sorted(step for step in steps[0] & steps[1] if step > after)
     difference = None
+    # The first difference is the cause; all later ones follow from it.
     for step in common:
         difference = next(differences(one, other, step), None)
         if difference is not None:
             break
+    # Nothing compared is no proof of equality.
     equal = None
     if common:
         equal = difference is None
@@ -308,6 +315,7 @@ def differences(one: Path, other: Path, step: int) -> Iterator[dict[str, Any]]:
         first, second = (side[name] for side in tensors)
         if first.shape != second.shape or not torch.equal(bits(first), bits(second)):
             largest = None
+            # In double: the difference of two large floats would round to 0.
             if first.shape == second.shape:
                 largest = float((first.double() - second.double()).abs().max())
             yield {"step": step, "tensor": name, "largest": largest}

@@ -104,6 +104,7 @@ def study_of_words(
         span("--operands", operands),
         span("--seconds", seconds),
         QUESTION if template is None else template,
+        # A shell passes the two characters \n on as they are.
         between.replace("\\n", "\n"),
         seed,
     )
@@ -117,6 +118,7 @@ def number(option: str, text: str) -> int:
 
     Raises  ConfigError.
     """
+    # int() also takes signs, spaces, underscores and the digits of other scripts.
     if not (text.isascii() and text.isdigit()):
         raise ConfigError(f"{option}: expected an integer, got {text!r}")
     return int(text)
@@ -157,6 +159,7 @@ def term_frequency(
     checkpoints = []
     if named:
         checkpoints = checkpoints_of(named, study.checkpoints)
+    # Read before anything is computed: a bad file ends the command at once.
     published = [row for file in files for row in read_published(file)]
     with claimed(output):
         file = RowFile(output)
@@ -206,6 +209,7 @@ def frequencies(
             say(f"{checkpoint.title}: not in a run's folder, so it has no frequencies")
             continue
         by_run.setdefault(checkpoint.run, []).append(checkpoint)
+    # Once for all checkpoints of a run: its rows are read only to the newest of them.
     for run, own in by_run.items():
         steps = sorted({step_of(each) for each in own})
         stream = open_stream(str(run), say)
@@ -256,12 +260,14 @@ def measured(
     added: list[Row] = []
     for number, checkpoint in enumerate(checkpoints, 1):
         keys = [key for key in sorted(wanted_keys([checkpoint], study)) if key not in known]
+        # A model without a question left is not loaded.
         if not keys:
             continue
         model = load_exact(checkpoint.path)
         require_room(model, study, checkpoint)
         for key in keys:
             rows = asked(model, key, study)
+            # On the disk after each task, so that a kill costs one task.
             file.add(rows)
             added += rows
         right = np.mean([row.right for row in added[-len(keys) * len(study.questions.operands) :]])
@@ -276,6 +282,7 @@ def require_room(model: LanguageModel, study: FrequencyStudy, checkpoint: Checkp
         return
     shots = max(study.shots)
     items = [item for task in study.tasks for item in study.questions.items(task, shots)]
+    # The longest in characters stands for the longest in tokens, without encoding them all.
     longest = max((item.prompt for item in items), key=len)
     size = len(model.encode(longest)) + study.new_tokens
     if size > limit:

@@ -53,6 +53,7 @@ def same_weights(model: Model) -> tuple[list[Finding], list[int]]:
     kept: list[int] = []
     for members in groups.values():
         owner = members[0]
+        # Under a learning rate of 0 equal weights are right, as at step 1 of Pythia.
         if len(members) > 1 and not may_be_equal(model, members):
             owner, known = owner_of(model, table, members)
             findings += equal_findings(model, members, owner, known)
@@ -66,6 +67,7 @@ def main_findings(model: Model, members: Sequence[int]) -> Iterator[Finding]:
     last = max((each.step for each in model.revisions if each.step is not None), default=None)
     steps = [model.revisions[number].step for number in members]
     named = [step for step in steps if step is not None]
+    # `main` is the revision without a step.
     if None in steps and named and last not in named:
         what = f"it has the weights of step {named[-1]}, and step {last} is the last one"
         yield Finding("order", model.place(members[steps.index(None)]), what)
@@ -199,6 +201,7 @@ def sharing(
     findings: list[Finding] = []
     rest = set(names)
     for file, inside in files.items():
+        # A model of one file would be a case of `same_weights`.
         if len(files) > 1 and inside <= set(names):
             rest -= inside
             findings.append(
@@ -209,6 +212,7 @@ def sharing(
                     f" files do not{tail}",
                 )
             )
+    # Vectors alone are no evidence, see `shared_tensors`.
     if any(checkpoint[name].is_matrix for name in rest):
         named = sorted(rest)
         more = ""

@@ -61,15 +61,19 @@ def misplaced(distances: Distances) -> list[Misplaced]:
 def oddness(distances: Distances, order: Sequence[int], number: int) -> float:
     """By how much one checkpoint contradicts its place in `order`; above 1 it is misplaced."""
     place = order[number]
+    # The first and the last checkpoint have one neighbour.
     beside = [order[near] for near in (number - 1, number + 1) if 0 <= near < len(order)]
     others = [each for each in order if each != place and each not in beside]
     to_beside = min(distances[place, each] for each in beside)
     to_others = min(distances[place, each] for each in others)
+    # First statement: another checkpoint is much nearer than the neighbours in step.
     odd = ratio(ELSEWHERE * to_beside, to_others)
     if len(beside) == 2:
+        # Second: the neighbours are much nearer to each other than to this one.
         between = distances[beside[0], beside[1]]
         odd = max(odd, ratio(to_beside, DETOUR * between))
     elif number:
+        # Third, for the last one alone: the first is the initialization, far from all others.
         (neighbour,) = beside
         reach = max(distances[neighbour, each] for each in others)
         odd = max(odd, ratio(to_beside, FAR * reach))
@@ -89,6 +93,7 @@ def exchanged(distances: Distances) -> list[tuple[int, int]]:
     """Neighbours that stand in each other's places."""
     pairs: list[tuple[int, int]] = []
     taken: set[int] = set()
+    # Pairs with a neighbour on either side; at the ends there is no way to compare.
     for one in range(1, len(distances) - 2):
         before = one - 1
         other = one + 1
@@ -112,6 +117,7 @@ def nearest_to(distances: Distances, place: int, others: Sequence[int]) -> tuple
     away = sorted(others, key=lambda each: distances[place, each])
     if len(away) < 2:
         return tuple(away)
+    # Weights of another model are about equally far from every checkpoint of this one.
     middle = float(np.median([distances[place, each] for each in others]))
     if distances[place, away[0]] > ELSEWHERE * middle:
         return ()

@@ -81,6 +81,7 @@ def states_of(series: Series) -> dict[int, dict[str, Any]]:
         except CheckpointError:
             continue  # the check of its files says so
         assert revision.step is not None
+        # User code that saves with `Store` keeps a state of its own, without progress.
         if "updates" in (progress_of(state) or {}):
             states[revision.step] = state
     return states

@@ -106,6 +106,7 @@ def sweep(
     place = Path(output)
     if place.suffix != ".parquet":
         raise ConfigError(f"--output {output}: name the file FILE.parquet")
+    # All of them, also those not measured: the first and the previous one are compared with.
     members = members_of(paths)
     wanted = {each.path for each in checkpoints_of(paths, steps or "all")}
     measured: list[Measured] = []
@@ -122,6 +123,7 @@ def sweep(
             if on_checkpoint is not None:
                 on_checkpoint(f"{member.name} step {step}", number, len(jobs))
             rows = list(rows_of(member, step, spectra, identity))
+            # A part for each checkpoint, so that a kill costs one of them.
             write_part(place, identity, rows)
             measured.append(Measured(member.name, step, len(rows)))
         # Also the parts of a call that was killed just before.
@@ -153,6 +155,7 @@ def members_of(paths: Sequence[str]) -> list[Member]:
     names = [member.name for member in out]
     for (suite, _, _), member in members.items():
         member.checkpoints = dict(sorted(member.checkpoints.items()))
+        # Short names on the page, unless two suites have a model of one name.
         if names.count(member.name) > 1:
             member.name = f"{suite}/{member.name}"
     shapes: dict[tuple[Any, ...], Member] = {}
@@ -179,6 +182,7 @@ def identity_of(member: Member, step: int, spectra: bool) -> str:
     """What decides the rows of a checkpoint, as 16 hex digits."""
     own = member.checkpoints[step]
     facts: list[Any] = [member.name, step, own.weights_hash or own.path, spectra]
+    # A comparison with other weights gives other rows of the same checkpoint.
     for word, other in member.compared(step).items():
         facts.append((word, other.model, other.step, other.weights_hash or other.path))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -205,6 +209,7 @@ def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator
     matrices: list[Together] = []
     for name in tensors:
         tensor = tensors[name]
+        # Buffers of indexes, as in old Hugging Face folders, are no weights.
         if not tensor.is_floating_point():
             continue
         for word, its in others.items():
