@@ -51,7 +51,7 @@ class S3Server:
 class Link:
     """A TCP link to a server. `mode`: open; gone, which closes every connection; hangs, which
     answers nothing; denies, which refuses the credentials. `received` counts the bytes that came
-    from the server, `sent` those that went to it, `refused` the connections while it was gone."""
+    from the server, `sent` those that went to it."""
 
     def __init__(self, port: int) -> None:
         self.server = ("127.0.0.1", port)
@@ -59,7 +59,6 @@ class Link:
         self.mode = "open"
         self.received = 0
         self.sent = 0
-        self.refused = 0
         self.open_sockets: set[socket.socket] = set()
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -89,8 +88,6 @@ class Link:
             with client, contextlib.suppress(OSError):
                 if self.mode == "open":
                     self.join(client)
-                elif self.mode == "gone":
-                    self.refused += 1
                 elif self.mode == "denies":
                     client.recv(1 << 16)
                     head = "HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\n"

@@ -79,7 +79,8 @@ def test_a_window_is_recorded_and_changes_nothing(trainer, tmp_path, capsys):
     log = capsys.readouterr().out
     table = text.split("\n\n")[0]
     assert len(table.splitlines()) == 11 and table in log
-    assert "aten::mm" in table and "FLOP/s" in table and "ProfilerStep" not in table
+    # Which operations are the dearest depends on the machine, and on what else it does.
+    assert "aten::" in table and "FLOP/s" in table and "ProfilerStep" not in table
     calls = {line.split()[0]: line.split()[-1] for line in text.split("\n\n")[1].splitlines()}
     assert calls["forward"] == "4" and calls["update"] == "2"
 
