@@ -4,7 +4,7 @@
                                   [--family neox|llama] [--shapes 14m,70m]
                                   [--seq 512,2048] [--dtypes bf16,fp32]
                                   [--engines "castalia compiled,litgpt compiled"] [--prepare]
-                                  [--gpu] [--json FILE]
+                                  [--products auto|torch|onednn] [--gpu] [--json FILE]
 
 Pythia's shapes in fp32 and under bf16 autocast, each a row with a goal of its own; as LLaMA they
 have RMSNorm, SwiGLU of 8/3 the width, serial blocks, and half as many heads of keys as of queries.
@@ -54,6 +54,7 @@ from castalia.models.families import family_of
 from castalia.models.flops import flops_per_token
 from castalia.monitor import peak_flops
 from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
+from castalia.train.machine_products import faster_library
 
 HERE = Path(__file__).resolve().parent
 ROWS = {("14m", 512): 8, ("70m", 512): 2, ("14m", 2048): 2}
@@ -162,6 +163,12 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", type=comma, help="of bf16,fp32")
     parser.add_argument("--engines", type=comma, help=f"of {', '.join(ENGINES)}")
+    parser.add_argument(
+        "--products",
+        choices=("auto", "torch", "onednn"),
+        default="auto",
+        help="library of Castalia's products in fp32, as train.products",
+    )
     parser.add_argument("--prepare", action="store_true", help="compile for all rows, time nothing")
     parser.add_argument("--allocator", action="store_true", help="one more engine of transformers")
     parser.add_argument("--rounds", type=int, help="timed steps of each engine")
@@ -279,6 +286,7 @@ def run_case(one: Case, device: str, options: argparse.Namespace) -> dict[str, A
         "seq": one.seq,
         "dtype": one.dtype,
         "instructions": "cuda" if options.gpu else instructions(this_machine()),
+        "products": products_of(one, device, options.products),
         "rounds": rounds,
         "flops_per_token": flops_per_token(config, one.seq),
     }
@@ -296,9 +304,17 @@ def values_of(one: Case, device: str, options: argparse.Namespace) -> dict[str, 
         "seq": one.seq,
         "dtype": one.dtype,
         "device": device,
+        "products": products_of(one, device, options.products),
         # Compiles. The round that tells how many fit is not counted either.
         "warmup": 1,
     }
+
+
+def products_of(one: Case, device: str, wanted: str) -> str:
+    """The library of Castalia's products; see train.products."""
+    if one.dtype != "fp32" or device != "cpu":
+        return "torch"
+    return faster_library(one.rows * one.seq) if wanted == "auto" else wanted
 
 
 def stop(workers: dict[str, Worker]) -> None:

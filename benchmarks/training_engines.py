@@ -153,11 +153,14 @@ class Castalia(Engine):
         from castalia.models.init import start_weights
         from castalia.optim import AdamWConfig, Rules
         from castalia.optim.updater import Updater
+        from castalia.products import use_onednn
 
         super().__init__(case)
         with torch.device(self.device):
             self.model = Decoder(build_model_config(case["model"], "a benchmark"))
         initialize(self.model, start_weights(self.model.config, 0))
+        if case["products"] == "onednn":
+            use_onednn(self.model)
         if case["compiled"]:
             for layer in self.model.layers:
                 layer.compile()

@@ -8,6 +8,7 @@ FLOORS = {
     "core": 0,
     "config": 1,
     "machine": 1,  # measured once, and read by whatever chooses by speed
+    "products": 2,  # linear layers by another library; under `models`, which recompute them
     "storage": 1,  # object stores by URL; under `data`, which reads ranges, and `checkpoint`
     "tokenizers": 1,  # read by `data` and by whatever has text
     "attention": 2,  # compiled kernels; take tensors of heads, know no model

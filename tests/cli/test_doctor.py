@@ -24,6 +24,8 @@ MACHINE = Machine(
     rates={
         "fp32": {"torch": {1: 5e9, 512: 9.5e10}, "onednn": {1: 4e9, 512: 1.2e11}},
         "bf16": {"torch": {1: 9e9, 512: 2e10}},
+        "fp32 dx": {"torch": {512: 9e10}, "onednn": {512: 1.2e11}},
+        "fp32 dW": {"torch": {512: 8e10}, "onednn": {512: 1e11}},
     },
     seconds=2.0,
     busy=0.0,
@@ -66,6 +68,7 @@ def test_the_page(doctor, monkeypatch):
     lines = [line.split() for line in text.splitlines()]
     assert ["rows", "1", "512"] in lines
     assert ["fp32", "5", "torch", "120", "onednn"] in lines
+    assert "  fp32 dx" in text and ["fp32", "dW", "100", "onednn"] in lines
     assert "bf16 is slow here: 6 times as long as fp32 at 512 rows." in text
     assert "decoding 8 texts at once  dtype=auto is int8 by " in text
     assert " 4 times as fast as dtype=fp32" in " ".join(text.split())
@@ -115,7 +118,10 @@ def test_the_object_has_all_of_it(doctor):
     assert doctor.asked == [True]
     assert found["machine"]["memory_rate"] == 2.04e10 and found["machine"]["level"] == "x86-64-v3"
     assert found["products"]["fp32"][1] == {"rows": 512, "rate": 1.2e11, "library": "onednn"}
-    *decoding, scoring, training = found["choices"]
+    *decoding, scoring, training, products = found["choices"]
+    assert (products["option"], products["chosen"]) == ("train.products=auto", "onednn")
+    # 1/95 + 1/90 + 1/80 of torch against 1/120 + 1/120 + 1/100.
+    assert products["factor"] == pytest.approx(1.28, abs=0.005)
     assert [one["for"] for one in decoding] == ["decoding 1 text", "decoding 8 texts at once"]
     assert decoding[1]["factor"] == 4.0 and decoding[1]["chosen"].startswith("int8")
     assert scoring["chosen"] in ("int8", "bf16", "fp32")

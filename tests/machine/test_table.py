@@ -1,6 +1,7 @@
 """The table of this machine: what is chosen by it, where it is kept, and how long it takes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_choices_by_the_table(folder, measurements):
     assert machine.faster(("fp32", "bf16"), 8) == "fp32"
     assert machine.faster(("fp32", "bf16"), 8, margin=1.01) == "bf16"
     assert machine.rate("fp8", 8) == 0 and machine.faster(("fp32", "fp8"), 8) == "fp32"
+
+
+def test_the_products_of_a_training_step(folder, measurements):
+    rates = {
+        "fp32": {"torch": {1: 5e9, 512: 1e11}, "onednn": {1: 9e9, 512: 2e11}},
+        "fp32 dx": {"torch": {512: 2e11}, "onednn": {512: 1e11}},
+        "fp32 dW": {"torch": {512: 5e10}, "onednn": {512: 2e11}},
+    }
+    machine = replace(this_machine(), rates=rates)
+    # Seconds of 1e12 FLOP: 10 + 5 + 20 by torch, 5 + 10 + 5 by oneDNN.
+    assert machine.training_gain(512) == pytest.approx(35 / 20)
+    assert this_machine().training_gain(512) == 0.0
 
 
 def test_it_is_measured_once_for_its_threads_and_caps(folder, measurements, monkeypatch):
@@ -256,10 +269,20 @@ def test_the_products_are_right():
     assert torch.equal(torch.random.get_rng_state(), before)
     exact = found["fp32", "torch", 8]
     for (dtype, library, _), y in found.items():
+        assert len(y) == 8
         error = (y - exact).norm() / exact.norm()
         assert error < {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02}[dtype], (dtype, library)
-    assert set(rates) == {"fp32", "bf16", "int8"}
-    assert all(set(one["torch"]) == set(measuring.ROWS) for one in rates.values())
+    # Those of the backward pass are products of other matrices, alike in both libraries.
+    for name, shape in (("fp32 dx", (32, 512)), ("fp32 dW", (512, 1024))):
+        both = [call() for cell, call in calls.items() if cell[0] == name and cell[2] == 32]
+        assert both[0].shape == shape and len(both) == 1 + measuring.has_onednn()
+        # The matrices of the first call of each.
+        torch.testing.assert_close(both[0], both[-1])
+    backward = set(table.TRAINED) - {"fp32"}
+    assert set(rates) == {"fp32", "bf16", "int8"} | backward
+    for name, one in rates.items():
+        rows = measuring.BACKWARD_ROWS if name in backward else measuring.ROWS
+        assert set(one["torch"]) == set(rows)
 
 
 def test_a_user_without_home_or_name(tmp_path, measurements, monkeypatch):

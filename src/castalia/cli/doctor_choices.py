@@ -11,7 +11,9 @@ import torch
 from castalia.distributed.world import choose_device
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.native_engine import NativeEngine
+from castalia.machine import Machine
 from castalia.recipes import load_config
+from castalia.train.machine_products import FASTER
 from castalia.train.timing import preferred, random_model, times_as_long
 
 TRAINED = "pythia-14m"
@@ -24,14 +26,16 @@ SCORED = 256
 """Tokens of the text that is scored."""
 BATCHES = (1, 8)
 """Texts that are decoded at once."""
+TRAINED_ROWS = 512
+"""Rows of the products whose library is chosen, as many as the table has."""
 ROUNDS = 12
 SECONDS = 0.8
 """Time of one comparison after which no further round begins; two are made in any case."""
 
 
-def choices() -> list[dict[str, Any]]:
+def choices(machine: Machine) -> list[dict[str, Any]]:
     """Every choice, with how many times as fast it is as the other one."""
-    return [*inference_choices(), training_choice()]
+    return [*inference_choices(), training_choice(), *products_choice(machine)]
 
 
 def inference_choices() -> list[dict[str, Any]]:
@@ -83,6 +87,26 @@ def training_choice() -> dict[str, Any]:
         "than": than,
         "measured_on": f"a piece of {TRAINED}",
     }
+
+
+def products_choice(machine: Machine) -> list[dict[str, Any]]:
+    """What train.products=auto means, by the table; nothing where there is one library alone."""
+    gain = machine.training_gain(TRAINED_ROWS)
+    if not gain:
+        return []
+    chosen, than, factor = "onednn", "torch", gain
+    if gain < FASTER:
+        chosen, than, factor = "torch", "onednn", 1 / gain
+    return [
+        {
+            "for": "training in fp32",
+            "option": "train.products=auto",
+            "chosen": chosen,
+            "factor": factor,
+            "than": than,
+            "measured_on": f"products of {TRAINED_ROWS} rows",
+        }
+    ]
 
 
 def random_source() -> SavedModel:

@@ -32,7 +32,7 @@ def examined(anew: bool) -> dict[str, Any]:
         "products": product_facts(machine),
         "measured_seconds": machine.seconds,
         "busy": machine.busy,
-        "choices": choices(),
+        "choices": choices(machine),
         "extras": extra_facts(),
     }
 

@@ -41,6 +41,7 @@ from castalia.core.private_cache import keep_compiled_code_private
 from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
 from castalia.monitor.parts import HEAD, part
+from castalia.products import TORCH, Products, fitting
 
 LOG2_E = math.log2(math.e)
 BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
@@ -72,6 +73,7 @@ class ChunkPlan(NamedTuple):
     chunks: list[slice]
     compiled: bool
     part: VocabShare | None
+    products: Products
 
 
 def fused_cross_entropy(
@@ -84,6 +86,7 @@ def fused_cross_entropy(
     compiled: bool = False,
     chunk_rows: int | None = None,
     part: VocabShare | None = None,
+    onednn: bool = False,
 ) -> CrossEntropy:
     """Sum over the rows of w * -log softmax(hidden W^T)[label], and each row's unweighted loss.
 
@@ -104,6 +107,7 @@ def fused_cross_entropy(
     chunk_rows  rows at a time; None chooses by device.
     part        `weight` is this rank's part of the head. `total` and `rows` are those of the whole
                 vocabulary on every rank; the gradient of hidden is this rank's addend.
+    onednn      lets oneDNN compute large products of float32 on a CPU.
     """
     weight = weight if part is None else part.local(weight)
     require_shapes(hidden, weight, labels, weights)
@@ -115,7 +119,10 @@ def fused_cross_entropy(
     dtype = compute_dtype(hidden, weight)
     if chunk_rows is None:
         chunk_rows = logits_rows(V, C, dtype.itemsize, weight.device.type)
-    plan = ChunkPlan(ignored, dtype, chunk_slices(len(hidden), chunk_rows), compiled, part)
+    size = min(len(hidden), chunk_rows) * V * C
+    products = fitting(onednn, dtype, weight.device, size)
+    chunks = chunk_slices(len(hidden), chunk_rows)
+    plan = ChunkPlan(ignored, dtype, chunks, compiled, part, products)
     # The dtype is chosen above; autocast must not convert again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -130,15 +137,15 @@ def losses_only(hidden: Tensor, weight: Tensor, labels: Tensor, plan: ChunkPlan)
     wide = weight.to(plan.dtype)
     rows = hidden.new_empty(len(hidden), dtype=torch.float32)
     for at in plan.chunks:
-        logits = logits_of(hidden[at].to(plan.dtype), wide)
+        logits = logits_of(hidden[at].to(plan.dtype), wide, plan.products)
         _, rows[at], _ = to_gradient(logits, labels[at], plan.ignored, plan.compiled, plan.part)
     return rows
 
 
-def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, products: Products) -> Tensor:
     """Logits of one chunk, (N, C), (V, C) -> (N, V)."""
     with part(HEAD):
-        return hidden @ weight.T
+        return products.linear(hidden, weight)
 
 
 def total_of(rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -172,16 +179,19 @@ class FusedCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for at in plan.chunks:
             h = hidden[at].to(dtype)
+            logits = logits_of(h, wide, plan.products)
             gradient, rows[at], factor = to_gradient(
-                logits_of(h, wide), labels[at], plan.ignored, plan.compiled, plan.part
+                logits, labels[at], plan.ignored, plan.compiled, plan.part
             )
             if weights is not None:
                 factor = factor * weights[at]
             if d_hidden is not None:
-                d_hidden[at] = (gradient @ wide) * factor[:, None]
+                product = plan.products.input_gradient(gradient, wide)
+                d_hidden[at] = product * factor[:, None]
             if d_weight is not None:
-                add_product(d_weight, gradient, (h * factor[:, None]).to(dtype))
-            del gradient  # else it would live on while the next chunk's logits are computed
+                scaled = (h * factor[:, None]).to(dtype)
+                add_product(d_weight, gradient, scaled, plan.products)
+            del gradient, logits  # else it would live on while the next chunk's logits are computed
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         ctx.gradients = (d_hidden, d_weight)
@@ -287,12 +297,12 @@ def compiled_exponentials() -> Any:
     return torch.compile(exponentials)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, products: Products = TORCH) -> None:
     """total (V, C) += left^T right for left (R, V), right (R, C); on a CPU by rows of total."""
     V, C = total.shape
     rows = V if total.device.type != "cpu" else max(1, GRADIENT_BLOCK // C)
     for at in range(0, V, rows):
-        total[at : at + rows].add_(left[:, at : at + rows].T @ right)
+        total[at : at + rows].add_(products.weight_gradient(left[:, at : at + rows], right))
 
 
 def chunk_slices(N: int, rows: int) -> list[slice]:

@@ -64,6 +64,7 @@ class Scored:
             ignored=IGNORED,
             compiled=self.compiled,
             part=self.head.vocab_part,
+            onednn=self.head.onednn,
         )
         return total, losses_N.view(labels_BT.shape)
 

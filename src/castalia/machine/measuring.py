@@ -2,7 +2,9 @@
 
 A product is (rows x 1024) by (1024 x 512). Each call takes the next of several matrices, as layers
 take turns in a model. int8 includes what it costs to round the activations, which every model with
-such weights pays; fp32 and bf16 are products alone.
+such weights pays; fp32 and bf16 are products alone. Those of a backward pass in fp32 have names of
+their own, "fp32 dx" and "fp32 dW": their factors are transposed views, which not every library
+reads at full speed.
 
 The whole takes SECONDS, on a slow machine too. One without instructions for a dtype may be hundreds
 of times slower in it: what would take too long is not tried, and counts with the rate of fewer
@@ -23,8 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from castalia.machine.onednn import has_onednn, input_gradient, onednn_product, weight_gradient
+
 ROWS = (1, 8, 32, 128, 512)
 """One text that is decoded, a batch of them, a short prompt, a part of a long one, a batch."""
+BACKWARD_ROWS = (32, 512)
+"""Of the products of a backward pass: a batch, and few rows, which tell whether it takes too
+long."""
 INPUTS = 1024
 OUTPUTS = 512
 """Of a product: shapes of small models. The largest call takes some milliseconds, so that it fits
@@ -43,7 +50,7 @@ MOST_BYTES = 256 << 20
 
 Call = Callable[[], object]
 Cell = tuple[str, str, int]
-"""dtype, library, rows."""
+"""dtype, or the name of a product of the backward pass; library; rows."""
 
 
 def memory_rate(seconds: float = READ_SECONDS) -> float:
@@ -172,6 +179,10 @@ def calls_of() -> dict[Cell, Call]:
                 x = x.bfloat16()
             # A function of its own, because a lambda would see the last x of the loop.
             calls[dtype, library, len(x)] = bound(multiply, x)
+    for name, library, multiply in gradients(weight):
+        for x in inputs:
+            if len(x) in BACKWARD_ROWS:
+                calls[name, library, len(x)] = bound(multiply, x)
     return calls
 
 
@@ -181,7 +192,7 @@ def bound(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Call:
 
 
 Product = tuple[str, str, Callable[[Tensor], Tensor]]
-"""dtype, library, and the product of (rows, INPUTS)."""
+"""dtype or name, library, and the product of (rows, INPUTS)."""
 
 
 def floats(dtype: str, weight: Tensor) -> Iterator[Product]:
@@ -192,15 +203,17 @@ def floats(dtype: str, weight: Tensor) -> Iterator[Product]:
         yield dtype, "onednn", lambda x: onednn_product(x, next(weights), None)
 
 
-def has_onednn() -> bool:
-    """Whether torch has oneDNN's product for plain weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) by weight (N, K) of the same dtype, plus bias -> (..., N), computed by oneDNN."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
+def gradients(weight: Tensor) -> Iterator[Product]:
+    """The products of the backward pass in fp32. For the gradient of the input the rows stand for
+    that of the output of the layer weight^T, so that they have INPUTS columns here as well."""
+    backward = weight.t().contiguous()
+    weights = itertools.cycle([backward.clone() for _ in range(MATRICES)])
+    outputs = {rows: weight.new_ones(rows, OUTPUTS) for rows in BACKWARD_ROWS}
+    yield "fp32 dx", "torch", lambda dy: dy @ next(weights)
+    yield "fp32 dW", "torch", lambda x: outputs[len(x)].t() @ x
+    if has_onednn():
+        yield "fp32 dx", "onednn", lambda dy: input_gradient(dy, next(weights))
+        yield "fp32 dW", "onednn", lambda x: weight_gradient(outputs[len(x)], x)
 
 
 def integers(weight: Tensor) -> Iterator[Product]:

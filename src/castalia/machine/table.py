@@ -34,7 +34,7 @@ from castalia.machine.instructions import (
 )
 from castalia.machine.measuring import Load, memory_rate, product_rates
 
-EDITION = 3
+EDITION = 4
 """Raised when the measurement changes, so that tables of an older one are not read."""
 
 QUIET = 0.1
@@ -43,8 +43,11 @@ TRIES = 5
 WAIT_SECONDS = 10.0
 """For another process that measures."""
 
+TRAINED = ("fp32", "fp32 dx", "fp32 dW")
+"""The three products of a linear layer in a training step: forward, and both gradients."""
+
 Rates = Mapping[str, Mapping[str, Mapping[int, float]]]
-"""FLOP/s by dtype, library and rows."""
+"""FLOP/s by dtype, or product of the backward pass, library and rows."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,19 @@ class Machine:
         """The library that is the fastest for such products: torch (MKL on x86) or onednn."""
         libraries = self.rates.get(dtype, {})
         return max(libraries, key=lambda name: between(libraries[name], rows), default="torch")
+
+    def training_gain(self, rows: int) -> float:
+        """How many times as fast oneDNN is as torch for the products of a layer that trains in
+        fp32, forward and backward together; 0 where one of them is not measured."""
+        seconds = {"torch": 0.0, "onednn": 0.0}
+        for name in TRAINED:
+            libraries = self.rates.get(name, {})
+            for library in seconds:
+                if library not in libraries:
+                    return 0.0
+                # All three have the same FLOPs.
+                seconds[library] += 1.0 / between(libraries[library], rows)
+        return seconds["torch"] / seconds["onednn"]
 
     def faster(self, dtypes: Sequence[str], rows: int, margin: float = 1.05) -> str:
         """The first of `dtypes`, unless another is more than `margin` times as fast."""

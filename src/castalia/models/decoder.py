@@ -78,6 +78,8 @@ class Decoder(nn.Module):
             self.layers.add_module(str(place), self.family.block(config, place))
         self.ledger = make_ledger(config, self.layers)
         self.recompute = False
+        # Whether oneDNN computes the head's products in fp32; see castalia.products.
+        self.onednn = False
         if self.span.last:
             self.norm = self.family.norm(config)
         if self.span.last and config.head == "score":

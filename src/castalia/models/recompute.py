@@ -22,7 +22,8 @@ from torch.utils.checkpoint import (
 )
 
 import castalia.attention.fused_attention
-import castalia.models.parts.causal_attention  # noqa: F401  both register operators named below
+import castalia.models.parts.causal_attention
+import castalia.products  # noqa: F401  all three register operators named below
 from castalia.models.tiles import Recompute
 
 aten = torch.ops.aten
@@ -37,8 +38,8 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Operators whose results "selective" keeps: ours, and the kernels behind torch's functions."""
-PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}
-"""Matrix products, and which argument is the (in, out) matrix."""
+PRODUCTS = {aten.mm.default: (1, 1), aten.addmm.default: (2, 1), ours.linear.default: (1, 0)}
+"""Matrix products, which argument is the matrix of weights, and its dim of the outputs."""
 
 
 def recomputed(
@@ -64,8 +65,10 @@ def policy(
     width: int | None, context: Any, operator: Any, *arguments: Any, **options: Any
 ) -> CheckpointPolicy:
     """Whether the result of one operator is kept."""
-    place = PRODUCTS.get(operator)
-    wide = place is not None and width is not None and arguments[place].shape[-1] >= width
+    wide = False
+    if operator in PRODUCTS and width is not None:
+        place, dim = PRODUCTS[operator]
+        wide = arguments[place].shape[dim] >= width
     if wide or operator in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

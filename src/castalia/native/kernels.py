@@ -16,7 +16,7 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.machine.measuring import has_onednn, onednn_product
+from castalia.machine.onednn import has_onednn, onednn_product
 from castalia.models.quantizing import GROUP
 from castalia.native import compiled
 from castalia.native.packing import FLOATS, Packed, dense, quantized_rows

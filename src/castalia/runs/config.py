@@ -120,6 +120,10 @@ class TrainConfig(Config):
     without masters, each update rounded up or down at random."""
     gradients: Gradients = "fp32"
     """Dtype in which the gradients of micro-batches add up, and in which ranks sum them."""
+    products: Annotated[Literal["auto", "torch", "onednn"], AT_RESUME] = "auto"
+    """Library of the matrix products of fp32 on a CPU: torch's (MKL on x86), or oneDNN, which is
+    faster on some processors. auto is the one that was measured to be faster on this machine; a run
+    keeps what it began with."""
     log_every: Annotated[PositiveInt, AT_RESUME] = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
     frozen: list[str] = []

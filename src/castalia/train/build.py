@@ -23,9 +23,11 @@ from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.optim import OPTIMIZERS, OptimConfig, Rules
 from castalia.optim.updater import freeze
+from castalia.products import use_onednn
 from castalia.runs.config import RunConfig
 from castalia.tokenizers.tokenizer import load_tokenizer
 from castalia.train.document_attention import require_flex
+from castalia.train.machine_products import uses_onednn
 from castalia.train.precision import DTYPES, gather_policy
 from castalia.train.start import StartWeights
 
@@ -117,6 +119,9 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
             if config.precision == "fp8":
                 # Before the adapter: its additions multiply in bf16, the base below them in fp8.
                 to_fp8(stage, config.fp8, world.device)
+            if uses_onednn(config, world.device):
+                # Before the adapter, whose layers keep the product of the layers they are made of.
+                use_onednn(stage)
             stage = adapt(stage, config.adapter)
             if config.train.parameters == "bf16_stochastic":
                 # Before FSDP2, which shards parameters in the dtype that they have.

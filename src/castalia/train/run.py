@@ -32,6 +32,7 @@ from castalia.train.hooks import (
 )
 from castalia.train.hooks.mirror import restore_run
 from castalia.train.machine_precision import offload_notes, precision_notes
+from castalia.train.machine_products import products_notes
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
 from castalia.train.trainer import Trainer
@@ -111,6 +112,7 @@ def run_claimed(
         write_run_folder(config, world, list(command), trainer.start_record.facts)
         notes = [*announced.notes, *trainer.start_notes, *trainer.mixture.notes]
         notes += precision_notes(given, config, world.device)
+        notes += products_notes(given, config)
         notes += offload_notes(config, world.device)
         print_start(config, world, trainer.rows, announced.changes, notes)
     # No rank may write a checkpoint into a folder whose config is not there yet.

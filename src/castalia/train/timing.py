@@ -24,7 +24,9 @@ from castalia.losses.scored import Scored
 from castalia.models import Decoder, ModelConfig
 from castalia.models.config import TransformerConfig
 from castalia.models.flops import flops_per_token
+from castalia.products import use_onednn
 from castalia.runs.config import RunConfig
+from castalia.train.machine_products import expected_products
 from castalia.train.precision import arithmetic
 
 LAYERS = 2
@@ -70,6 +72,7 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     device = torch.device(cost.device)
     piece = piece_of(config.model, cost.device)
     model = random_model(piece, device)
+    let_multiply(model, config, device)
     model.recompute = config.train.recompute
     precision: str = config.precision
     if precision == "auto":
@@ -105,10 +108,17 @@ def preferred(factor: float) -> str:
 def times_as_long(config: RunConfig, precision: str, other: str, device: torch.device) -> float:
     """Time of a forward and backward pass in `precision` over that in `other`."""
     model = random_model(piece_of(config.model, device.type), device)
+    let_multiply(model, config, device)
     micro_rows = config.train.micro_batch_size or config.train.batch_size
     names = [precision, other]
     seconds, *_ = largest_pass(model, names, device, micro_rows, config.data.seq_length)
     return seconds[0] / seconds[1]
+
+
+def let_multiply(model: Decoder, config: RunConfig, device: torch.device) -> None:
+    """Give the piece the products that a run has in fp32; in another precision it has its own."""
+    if expected_products(config, device) == "onednn":
+        use_onednn(model)
 
 
 def piece_of(model: ModelConfig, device: str) -> ModelConfig:

@@ -34,6 +34,7 @@ from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.mirror import rescuer
 from castalia.train.machine_precision import with_precision
+from castalia.train.machine_products import with_products
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.passes import make_passes
 from castalia.train.precision import storage
@@ -102,6 +103,7 @@ class Trainer:
         check_processes(self.config, self.world.size)
         # Before the tokenizer is read: a corpus that is built may come with its own.
         self.config = with_precision(ensure_on_all(self.config, self.world), self.world)
+        self.config = with_products(self.config, self.world)
         self.files = checkpoint_files(self.config)
 
     def open_data(self) -> None:

@@ -1,0 +1,5 @@
+"""The products of linear layers in float32, by torch's library or by oneDNN."""
+
+from castalia.products.linear import ONEDNN, TORCH, OnednnLinear, Products, fitting, use_onednn
+
+__all__ = ["ONEDNN", "TORCH", "OnednnLinear", "Products", "fitting", "use_onednn"]
