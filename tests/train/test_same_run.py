@@ -40,6 +40,7 @@ FREE_KEYS = {
     "train.document_attention",
     "train.recompute",
     "train.offload_activations",
+    "train.products",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -41,7 +41,7 @@ from castalia.core.private_cache import keep_compiled_code_private
 from castalia.models.context import VocabShare
 from castalia.models.tiles import logits_rows
 from castalia.monitor.parts import HEAD, part
-from castalia.products import TORCH, Products, fitting
+from castalia.products import ONEDNN, TORCH, Products, head_products
 
 LOG2_E = math.log2(math.e)
 BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
@@ -119,8 +119,8 @@ def fused_cross_entropy(
     dtype = compute_dtype(hidden, weight)
     if chunk_rows is None:
         chunk_rows = logits_rows(V, C, dtype.itemsize, weight.device.type)
-    size = min(len(hidden), chunk_rows) * V * C
-    products = fitting(onednn, dtype, weight.device, size)
+    shape = (min(len(hidden), chunk_rows), C, V)
+    products = head_products(onednn, dtype, weight.device, shape)
     chunks = chunk_slices(len(hidden), chunk_rows)
     plan = ChunkPlan(ignored, dtype, chunks, compiled, part, products)
     # The dtype is chosen above; autocast must not convert again inside.
@@ -176,7 +176,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if ctx.needs_input_grad[1]:
             # float32 whatever the products are in: thousands of chunks add up here.
-            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            d_weight = new_total(weight, plan.products)
         for at in plan.chunks:
             h = hidden[at].to(dtype)
             logits = logits_of(h, wide, plan.products)
@@ -193,7 +193,7 @@ class FusedCrossEntropy(torch.autograd.Function):
                 add_product(d_weight, gradient, scaled, plan.products)
             del gradient, logits  # else it would live on while the next chunk's logits are computed
         if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
+            d_weight = d_weight.to(weight.dtype).contiguous()
         ctx.gradients = (d_hidden, d_weight)
         ctx.mark_non_differentiable(rows)
         return total_of(rows, weights), rows
@@ -295,6 +295,15 @@ def compiled_exponentials() -> Any:
     """`exponentials` as one kernel."""
     keep_compiled_code_private()
     return torch.compile(exponentials)
+
+
+def new_total(weight: Tensor, products: Products) -> Tensor:
+    """Zeros (V, C) float32 for `add_product`; a transposed view if its products are ones."""
+    V, C = weight.shape
+    if products is ONEDNN and C < V:
+        # Its products come transposed, and are added as they lie; see weight_gradient.
+        return torch.zeros(C, V, dtype=torch.float32, device=weight.device).t()
+    return torch.zeros(V, C, dtype=torch.float32, device=weight.device)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, products: Products = TORCH) -> None:

@@ -213,7 +213,7 @@ def gradients(weight: Tensor) -> Iterator[Product]:
     yield "fp32 dW", "torch", lambda x: outputs[len(x)].t() @ x
     if has_onednn():
         yield "fp32 dx", "onednn", lambda dy: input_gradient(dy, next(weights))
-        yield "fp32 dW", "onednn", lambda x: weight_gradient(outputs[len(x)], x)
+        yield "fp32 dW", "onednn", lambda x: weight_gradient(outputs[len(x)], x, onednn_product)
 
 
 def integers(weight: Tensor) -> Iterator[Product]:

@@ -7,8 +7,13 @@ view. Such a matrix is copied first; of the two factors of a weight's gradient t
 Shapes: M rows, K inputs, N outputs of a layer.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x (M, K), weight (N, K), bias (N,) or None -> (M, N)."""
 
 
 def has_onednn() -> bool:
@@ -27,9 +32,9 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     return onednn_product(dy, weight.t(), None)
 
 
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, product: Product) -> Tensor:
     """dy^T x of dy (M, N) and x (M, K) -> (N, K), computed by oneDNN; may be a transposed view."""
     if dy.shape[1] <= x.shape[1]:
-        return onednn_product(dy.t().contiguous(), x.t(), None)
+        return product(dy.t().contiguous(), x.t(), None)
     # The transpose of the gradient, which needs a copy of x in place of the larger dy.
-    return onednn_product(x.t().contiguous(), dy.t(), None).t()
+    return product(x.t().contiguous(), dy.t(), None).t()

@@ -38,7 +38,7 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Operators whose results "selective" keeps: ours, and the kernels behind torch's functions."""
-PRODUCTS = {aten.mm.default: (1, 1), aten.addmm.default: (2, 1), ours.linear.default: (1, 0)}
+PRODUCTS = {aten.mm.default: (1, 1), aten.addmm.default: (2, 1), ours.onednn_linear.default: (1, 0)}
 """Matrix products, which argument is the matrix of weights, and its dim of the outputs."""
 
 

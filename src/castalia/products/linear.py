@@ -1,14 +1,11 @@
 """Linear layers whose products in float32, forward and backward, oneDNN computes on a CPU.
 
-Three custom operators, each the derivative of the others, so that gradients of gradients exist:
-
-    linear           y = x W^T + b
-    input_gradient   dx = dy W
-    weight_gradient  dW = dy^T x
-
-torch.compile sees each as one node, eager mode calls the same ones, and a product that is small or
-of another kind (dtype, device, autocast, DTensor) is torch's. The choice depends on shapes alone,
-never on a measurement at that moment, so that a pass computes the same numbers again.
+One custom operator, y = x W^T + b, whose derivatives are products by itself, so that gradients of
+gradients exist. torch.compile sees it as one node, and the copies of transposed matrices that the
+gradient of the weight needs beside it, which it makes faster than eager mode does and together with
+what computes them. A product that is small or of another kind (dtype, device, autocast, DTensor) is
+torch's. The choice depends on shapes alone, never on a measurement at that moment, so that a pass
+computes the same numbers again.
 
 Shapes: M rows, K inputs, N outputs of a layer.
 """
@@ -35,7 +32,7 @@ class Products(NamedTuple):
     input_gradient: Callable[[Tensor, Tensor], Tensor]
     """dy (M, N), W (N, K) -> dy W (M, K)."""
     weight_gradient: Callable[[Tensor, Tensor], Tensor]
-    """dy (M, N), x (M, K) -> dy^T x (N, K)."""
+    """dy (M, N), x (M, K) -> dy^T x (N, K), which may be a transposed view."""
 
 
 TORCH = Products(
@@ -45,24 +42,38 @@ TORCH = Products(
 )
 ONEDNN = Products(
     lambda x, weight: onednn.onednn_product(x, weight, None),
-    onednn.input_gradient,
-    onednn.weight_gradient,
+    lambda dy, weight: onednn.input_gradient(dy, weight),
+    lambda dy, x: onednn.weight_gradient(dy, x, onednn.onednn_product),
 )
 
 
-def fitting(wanted: bool, dtype: torch.dtype, device: torch.device, size: int) -> Products:
-    """oneDNN's products if they are wanted and compute this kind, else torch's.
-
-    size  M K N of a product.
-    """
-    if wanted and dtype == torch.float32 and device.type == "cpu" and size >= LEAST:
-        return ONEDNN
-    return TORCH
+WIDE = ONEDNN._replace(weight_gradient=TORCH.weight_gradient)
+"""Those of a head with more than NARROW inputs: there torch's gradient of the weight is as fast,
+and needs no transposed sum, which costs a copy as large as the head in the end."""
+NARROW = 256
 
 
-@torch.library.custom_op("castalia::linear", mutates_args=(), device_types="cpu")
+def is_onednn(dtype: torch.dtype, device: torch.device, size: int) -> bool:
+    """Whether oneDNN computes a product of this kind with M K N = `size`."""
+    return dtype == torch.float32 and device.type == "cpu" and size >= LEAST
+
+
+def head_products(
+    wanted: bool, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]
+) -> Products:
+    """The products of a head of `shape` M, K, N: oneDNN's if they are wanted and fit."""
+    M, K, N = shape
+    if not wanted or not is_onednn(dtype, device, M * K * N):
+        return TORCH
+    return ONEDNN if K <= NARROW else WIDE
+
+
+@torch.library.custom_op("castalia::onednn_linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K), weight (N, K), bias (N,) or None -> (M, N)."""
+    """x (M, K), weight (N, K) or a transposed view, bias (N,) or None -> (M, N)."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # Such as a gradient that is one number, expanded.
+        weight = weight.contiguous()
     return onednn.onednn_product(x, weight, bias)
 
 
@@ -71,61 +82,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("castalia::linear_input_gradient", mutates_args=(), device_types="cpu")
-def onednn_input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy (M, N), weight (N, K) -> (M, K)."""
-    return onednn.input_gradient(dy, weight)
-
-
-@onednn_input_gradient.register_fake
-def _(dy: Tensor, weight: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("castalia::linear_weight_gradient", mutates_args=(), device_types="cpu")
-def onednn_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy (M, N), x (M, K) -> (N, K)."""
-    return onednn.weight_gradient(dy, x).contiguous()
-
-
-@onednn_weight_gradient.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[1], x.shape[1])
-
-
-def keep_two(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep both factors of a product for its backward pass."""
     ctx.save_for_backward(*inputs[:2])
 
 
-def backward_of_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, the weight and the bias."""
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    dx = onednn_input_gradient(dy, weight) if needs_x else None
-    d_weight = onednn_weight_gradient(dy, x) if needs_weight else None
+    dx = onednn_linear(dy, weight.t(), None) if needs_x else None
+    d_weight = None
+    if needs_weight:
+        d_weight = onednn.weight_gradient(dy, x, onednn_linear).contiguous()
     return dx, d_weight, dy.sum(0) if needs_bias else None
 
 
-def backward_of_input_gradient(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of dy and the weight, d (M, K) being that of dx = dy W."""
-    dy, weight = ctx.saved_tensors
-    needs_dy, needs_weight = ctx.needs_input_grad
-    d_dy = onednn_linear(d, weight, None) if needs_dy else None
-    return d_dy, onednn_weight_gradient(dy, d) if needs_weight else None
-
-
-def backward_of_weight_gradient(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of dy and x, d (N, K) being that of dW = dy^T x."""
-    dy, x = ctx.saved_tensors
-    needs_dy, needs_x = ctx.needs_input_grad
-    d_dy = onednn_linear(x, d, None) if needs_dy else None
-    return d_dy, onednn_input_gradient(dy, d) if needs_x else None
-
-
-onednn_linear.register_autograd(backward_of_linear, setup_context=keep_two)
-onednn_input_gradient.register_autograd(backward_of_input_gradient, setup_context=keep_two)
-onednn_weight_gradient.register_autograd(backward_of_weight_gradient, setup_context=keep_two)
+onednn_linear.register_autograd(gradients, setup_context=keep_factors)
 
 
 class OnednnLinear(nn.Linear):
@@ -142,11 +115,12 @@ class OnednnLinear(nn.Linear):
 
 def computes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes this product, of x (..., K) and weight (N, K)."""
-    # Autocast would have cast both. A DTensor is a weight that tensor parallelism has split.
-    if torch.is_autocast_enabled(x.device.type) or type(weight) not in (nn.Parameter, Tensor):
+    # A DTensor is a weight that tensor parallelism has split.
+    plain = type(weight) in (nn.Parameter, Tensor) and x.dtype == weight.dtype
+    if not plain or not is_onednn(x.dtype, x.device, x.numel() * weight.shape[0]):
         return False
-    same = x.dtype == weight.dtype
-    return same and fitting(True, x.dtype, x.device, x.numel() * weight.shape[0]) is ONEDNN
+    # Autocast would cast both.
+    return not torch.is_autocast_enabled("cpu")
 
 
 def use_onednn(model: nn.Module) -> None:
