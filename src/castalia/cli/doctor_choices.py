@@ -94,16 +94,18 @@ def products_choice(machine: Machine) -> list[dict[str, Any]]:
     gain = machine.training_gain(TRAINED_ROWS)
     if not gain:
         return []
-    chosen, than, factor = "onednn", "torch", gain
+    libraries = ["onednn", "torch"]
+    factor = gain
     if gain < FASTER:
-        chosen, than, factor = "torch", "onednn", 1 / gain
+        libraries.reverse()
+        factor = 1 / gain
     return [
         {
             "for": "training in fp32",
             "option": "train.products=auto",
-            "chosen": chosen,
+            "chosen": libraries[0],
             "factor": factor,
-            "than": than,
+            "than": libraries[1],
             "measured_on": f"products of {TRAINED_ROWS} rows",
         }
     ]
