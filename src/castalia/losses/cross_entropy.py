@@ -309,7 +309,10 @@ def new_total(weight: Tensor, products: Products) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, products: Products = TORCH) -> None:
     """total (V, C) += left^T right for left (R, V), right (R, C); on a CPU by rows of total."""
     V, C = total.shape
-    rows = V if total.device.type != "cpu" else max(1, GRADIENT_BLOCK // C)
+    rows = max(1, GRADIENT_BLOCK // C)
+    # oneDNN wants `left` whole: a slice of its columns is a view that it would have to copy.
+    if total.device.type != "cpu" or products is ONEDNN:
+        rows = V
     for at in range(0, V, rows):
         total[at : at + rows].add_(products.weight_gradient(left[:, at : at + rows], right))
 

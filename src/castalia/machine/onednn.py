@@ -23,6 +23,10 @@ def has_onednn() -> bool:
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) by weight (N, K) of the same dtype, plus bias -> (..., N), computed by oneDNN."""
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # A column slice, or one number expanded: such views are left to a reference kernel, which
+        # takes hundreds of times as long.
+        weight = weight.contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

@@ -71,9 +71,6 @@ def head_products(
 @torch.library.custom_op("castalia::onednn_linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K), weight (N, K) or a transposed view, bias (N,) or None -> (M, N)."""
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        # Such as a gradient that is one number, expanded.
-        weight = weight.contiguous()
     return onednn.onednn_product(x, weight, bias)
 
 
