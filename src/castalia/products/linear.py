@@ -40,11 +40,13 @@ TORCH = Products(
     lambda dy, weight: dy @ weight,
     lambda dy, x: dy.T @ x,
 )
+"""Those of torch, for any dtype and device."""
 ONEDNN = Products(
     lambda x, weight: onednn.onednn_product(x, weight, None),
     lambda dy, weight: onednn.input_gradient(dy, weight),
     lambda dy, x: onednn.weight_gradient(dy, x, onednn.onednn_product),
 )
+"""Those of oneDNN, for float32 on a CPU; a gradient of W is a transposed view where K < N."""
 
 
 WIDE = ONEDNN._replace(weight_gradient=TORCH.weight_gradient)
