@@ -1,5 +1,8 @@
 """Models that a URL names: fetched into the cache with their hashes compared, then read there."""
 
+import hashlib
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -124,6 +127,62 @@ def test_a_file_url_is_one_too(four_steps, cache):
     ours, theirs = (read(place) for place in (folder, four_steps / "checkpoints" / folder.name))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def write_export(folder: Path, **contents: str) -> str:
+    """The URL of a folder with files and their record, of no model."""
+    folder.mkdir(exist_ok=True)
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    record = {"to": "hf", "numbers": "fp32", "model": {}, "files_sha256": hashes}
+    (folder / "export.json").write_text(json.dumps(record))
+    return f"file://{folder}"
+
+
+def test_a_fetch_that_was_broken_off_is_no_model(tmp_path, cache, monkeypatch):
+    url = write_export(tmp_path / "model", one="1", two="2")
+    fetch = ObjectStore.fetch
+
+    def broken_off(store, name, path, size):
+        if name == "two":
+            raise StorageError("the server does not answer", passing=True)
+        fetch(store, name, path, size)
+
+    with monkeypatch.context() as server:
+        server.setattr(ObjectStore, "fetch", broken_off)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="does not answer"):
+                local_model(url)
+    # Another model has come to the same place: nothing of the first one belongs to it.
+    shutil.rmtree(tmp_path / "model")
+    write_export(tmp_path / "model", two="second")
+    folder = local_model(url)
+    assert files(folder) == {"two", "export.json"} and (folder / "two").read_text() == "second"
+
+
+def test_a_url_stays_in_its_folder_of_the_cache(tmp_path, cache):
+    other = local_model(write_export(tmp_path / "other", one="1"))
+    url = write_export(tmp_path / "model", one="1")
+    for end in ("/x/..", "/."):
+        with pytest.raises(ConfigError, match=r"must not hold the parts \. and \.\."):
+            local_model(url + end)
+    assert files(other) == {"one", "export.json"}
+
+
+def test_a_step_without_its_manifest_or_under_another_name_is_skipped(four_steps, cache, tmp_path):
+    store = ObjectStore(f"file://{tmp_path}/run")
+    mirror = Mirror(store, four_steps)
+    for step in (2, 4):
+        mirror.send_step(step)
+    steps = tmp_path / "run/checkpoints"
+    shutil.copytree(steps / "step-00000004", steps / "step-00000006")
+    with pytest.warns(UserWarning, match=r"it is of step 4, .*step-00000006.*using step 4"):
+        assert local_model(store.url).name == "step-00000004"
+    shutil.rmtree(steps / "step-00000006")
+    (steps / "step-00000004/manifest.json").unlink()
+    with pytest.warns(UserWarning, match=r"manifest.json: it does not exist.*using step 2"):
+        assert local_model(store.url).name == "step-00000002"
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def fetch_step(mirror: Mirror, step: int) -> None:
     hidden = hidden_folder(mirror, step)
     hidden.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, COMPLETE):
-        write_bytes(hidden / name, read_object(mirror, step, name))
+        write_bytes(hidden / name, read_object(mirror.store, f"{mirror.place(step)}/{name}"))
     try:
         manifest = read_manifest(hidden)
     except DamagedCheckpointError as error:
@@ -122,10 +122,13 @@ def fetch_step(mirror: Mirror, step: int) -> None:
     fetch_files(mirror, step, hidden, manifest)
 
 
-def read_object(mirror: Mirror, step: int, name: str) -> bytes:
-    """The content of a small object of a step."""
+def read_object(store: ObjectStore, name: str) -> bytes:
+    """The content of a small object of a complete step.
+
+    Raises  DamagedCheckpointError if it is missing; StorageError.
+    """
     try:
-        return mirror.store.read(f"{mirror.place(step)}/{name}")
+        return store.read(name)
     except StorageError as error:
         if error.missing:
             raise DamagedCheckpointError(f"{error}, and {COMPLETE} says that it does") from None

@@ -14,6 +14,7 @@ from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import hub_folder, is_hub_id
+from castalia.core.secrets import redacted
 from castalia.core.whole_folder import clear_workshops, whole_folder
 from castalia.export.activation import expressed, other_activation
 from castalia.export.card import write_card
@@ -133,7 +134,8 @@ def export(
         checkpoint = hub_folder(str(checkpoint))
     elif is_remote(checkpoint):
         if output is None:
-            raise ConfigError(f"{checkpoint} is a URL; give --output for its export")
+            shown = redacted(str(checkpoint))
+            raise ConfigError(f"{shown} is a URL; give --output for its export")
         checkpoint = local_alone(str(checkpoint), steps)
     name = to
     if spec.kind.option != "dtype":

@@ -67,6 +67,7 @@ def sealed_record(path: Path, keys: Set[str], *, check: bool = True) -> dict[str
         assert keys <= record.keys()
         hashes = record.get(HASHES, {})
         assert all(is_inside(name) and isinstance(hashes[name], str) for name in hashes)
+        assert isinstance(record.get(SIZES, {}), dict)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
             f"{path} is not the record of an {path.stem} ({error!r}); {path.stem} the model again"

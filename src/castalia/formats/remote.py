@@ -11,18 +11,25 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from castalia.checkpoint.find import WANTED_STEP, complete_steps, ranges_of
-from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, read_manifest
+from castalia.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    fault_of_table,
+    read_manifest,
+)
 from castalia.checkpoint.mirror import CHECKPOINTS, Mirror
 from castalia.checkpoint.names import COMPLETE, step_name
-from castalia.checkpoint.restore import FETCHED, fetch_sealed
+from castalia.checkpoint.restore import FETCHED, fetch_sealed, read_object
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cache_folder, claimed
 from castalia.core.hub import is_hub_id
 from castalia.core.sealed import Seal
+from castalia.core.secrets import redacted
 from castalia.formats.export_record import RECORD, read_record, seals_of
 from castalia.storage import ObjectStore, StorageError
 from castalia.storage.urls import is_url
@@ -45,9 +52,12 @@ def local_model(url: str) -> Path:
 
     Without a server, what was fetched before is taken, with a warning.
     Raises  CheckpointError if nothing of ours is there, or it is damaged; StorageError if it cannot
-            be fetched.
+            be fetched; ConfigError if the URL has parts that name no folder.
     """
     url = url.rstrip("/")
+    if {".", ".."} & set(url.split("/")):
+        # The last part names a folder in the cache, which "." and ".." would lead out of.
+        raise ConfigError(f"{redacted(url)}: a URL must not hold the parts . and ..; write it out")
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / digest
     # Several processes of a sweep begin in the same moment.
@@ -69,14 +79,16 @@ def local_alone(url: str, steps: object) -> Path:
     """
     if steps is not None:
         raise ConfigError(
-            f"--steps: {url} is read as one checkpoint; give URL/step1000, or copy the run first"
+            f"--steps: {redacted(url)} is read as one checkpoint; give URL/step1000, or copy the"
+            " run first"
         )
     return local_model(url)
 
 
 def found_before(folder: Path) -> Path | None:
     """The model that was fetched into a folder of the cache last; None if there is none."""
-    places = [record.parent for record in folder.glob(f"*/{RECORD}")]
+    # A hidden folder is an export that did not come whole.
+    places = [record.parent for record in folder.glob(f"[!.]*/{RECORD}")]
     for steps in folder.glob(f"*/{CHECKPOINTS}"):
         places += [steps / step_name(step) for step in complete_steps(steps)]
     return max(places, key=lambda place: place.stat().st_mtime, default=None)
@@ -157,15 +169,20 @@ def fetch_checkpoint(store: ObjectStore, place: str, folder: Path) -> Path:
     hidden = folder.with_name(f".{folder.name}{FETCHED}")
     hidden.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, COMPLETE):
-        (hidden / name).write_bytes(store.read(f"{place}{name}"))
+        (hidden / name).write_bytes(read_object(store, f"{place}{name}"))
     try:
         manifest = read_manifest(hidden)
+        # Of the folder's own name: that of the hidden one says no step.
+        fault = fault_of_table(manifest, folder.name)
+        if fault is not None:
+            raise DamagedCheckpointError(fault)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{store.url_of(place)} is damaged: {error}") from None
     seals = seals_needed(manifest)
     if is_same(folder, hidden, COMPLETE, seals):
         shutil.rmtree(hidden)
         return folder
+    remove_others(hidden, {*seals, MANIFEST, COMPLETE})
     fetch_sealed(store, place, seals, hidden)
     return renamed(hidden, folder)
 
@@ -202,8 +219,17 @@ def fetch_export(store: ObjectStore, folder: Path) -> Path:
     if is_same(folder, hidden, RECORD, seals):
         shutil.rmtree(hidden)
         return folder
+    remove_others(hidden, {*seals, RECORD})
     fetch_sealed(store, "", seals, hidden)
     return renamed(hidden, folder)
+
+
+def remove_others(hidden: Path, names: Set[str]) -> None:
+    """Remove what an earlier fetch, which was broken off, left of another model at this URL: a
+    reader would take its tokenizer for one of this model."""
+    for path in list(hidden.rglob("*")):
+        if path.is_file() and path.relative_to(hidden).as_posix() not in names:
+            path.unlink()
 
 
 def is_same(folder: Path, hidden: Path, mark: str, seals: Mapping[str, Seal]) -> bool:
