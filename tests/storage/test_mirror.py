@@ -362,6 +362,31 @@ def test_a_log_on_its_way_may_be_either_of_two(whole, tmp_path, monkeypatch):
     assert len(said) == 1 and "config.yaml is damaged" in said[0]
 
 
+def test_the_log_there_stays_known_however_often_a_send_fails(whole, tmp_path, monkeypatch):
+    mirroring, _, _ = mirroring_of(whole, tmp_path)
+    mirror = mirroring.mirror
+    mirror.send_logs()
+    path = tmp_path / "run/config.yaml"
+    before = path.read_text()
+    for name in ("write", "send"):
+
+        def gone(*arguments) -> None:
+            raise StorageError("gone", passing=True)
+
+        # First the record does not come through, then the log behind it.
+        with monkeypatch.context() as server:
+            server.setattr(mirror.store, name, gone)
+            for number in range(5):
+                path.write_text(f"{before}# {name} {number}\n")
+                with pytest.raises(StorageError):
+                    mirror.send_logs()
+    said: list[str] = []
+    fetch_logs(Mirror(mirror.store, tmp_path / "other"), said.append)
+    assert (tmp_path / "other/config.yaml").read_text() == before and not said
+    assert mirror.send_logs()
+    assert len(json.loads(mirror.store.read(".mirror/logs.json"))["config.yaml"]) == 2
+
+
 def test_two_runs_do_not_share_a_mirror(train, whole, tmp_path, capsys):
     url = f"file://{tmp_path}/mirror"
     option = f"checkpoint.mirror={url}"
@@ -475,6 +500,23 @@ def mirroring_of(whole: Path, tmp_path: Path, keep: int | None = None):
         warn=warnings.append,
     )
     return mirroring, warnings, tmp_path / "run/checkpoints"
+
+
+def test_the_reason_of_a_mirror_that_was_taken_over_stays(whole, tmp_path, monkeypatch):
+    mirroring, warnings, _ = mirroring_of(whole, tmp_path)
+    said: list[str] = []
+    mirroring.say = said.append
+
+    def taken_meanwhile(*, with_logs: bool) -> None:
+        mirroring.give_up("the run in elsewhere has taken it over")
+
+    monkeypatch.setattr(mirroring, "round", taken_meanwhile)
+    mirroring.run()
+    # An upload that was under way ends with an error of its own.
+    mirroring.fail(StorageError("the upload was broken off"))
+    mirroring.finish(1.0)
+    assert not said
+    assert "(the run in elsewhere has taken it over)" in warnings[-1]
 
 
 @pytest.mark.parametrize("chunk", [64 << 20, 1])

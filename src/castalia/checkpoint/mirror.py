@@ -36,6 +36,8 @@ LOG_FOLDERS = ("samples", "evals", "monitors")
 """Folders of a run that are mirrored beside the files at its top."""
 LARGEST_JSON = 1 << 28
 """Bytes above which a manifest is refused unread."""
+FAILED = 3
+"""Sends of a log that failed, and may have come through, of which the record knows."""
 ATTEMPTS = 3
 """Times that a log which grows or is rewritten meanwhile is read anew."""
 
@@ -157,7 +159,7 @@ class Mirror:
         entries = {name: entry_of(seal) for name, (_, seal) in changed.items()}
         # Before the logs, with what is there: after a kill in between, a fetch knows either.
         self.write_logs_record(
-            {name: [*entry, *self.noted_logs.get(name, [])[:4]] for name, entry in entries.items()}
+            {name: [*entry, *self.before(name, entry)] for name, entry in entries.items()}
         )
         for name, (path, seal) in changed.items():
             sent = self.send_log(path, name, seal)
@@ -166,10 +168,20 @@ class Mirror:
         self.write_logs_record({})
         return True
 
+    def before(self, name: str, entry: list[Any]) -> list[Any]:
+        """Sizes and hashes that a log on the mirror may have until `entry` is there: those of the
+        last sends that failed, and of the last that did not."""
+        noted = self.noted_logs.get(name, [])
+        pairs = [noted[place : place + 2] for place in range(0, len(noted), 2)]
+        failed = [pair for pair in pairs[:-1] if pair != entry][:FAILED]
+        return [value for pair in (*failed, *pairs[-1:]) for value in pair]
+
     def write_logs_record(self, coming: dict[str, list[Any]]) -> None:
         """Write which logs the mirror has, and those that are on their way."""
-        self.noted_logs = {**(self.sent_logs or {}), **coming}
-        self.store.write(LOGS_RECORD, json.dumps(self.noted_logs).encode())
+        noted = {**(self.sent_logs or {}), **coming}
+        self.store.write(LOGS_RECORD, json.dumps(noted).encode())
+        # After it: without a record nothing is sent, and the logs there stay as they are.
+        self.noted_logs = noted
 
     def changed_logs(self) -> dict[str, tuple[Path, Seal]]:
         """The logs that the mirror does not have as they are now, by name.

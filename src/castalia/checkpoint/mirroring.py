@@ -205,7 +205,11 @@ class Mirroring:
 
     def fail(self, error: StorageError) -> None:
         """Tell once that the mirror is gone."""
-        if self.fault is None and not self.mirror.store.stopped.is_set():
+        if self.mirror.store.stopped.is_set():
+            # Broken off: why, is known already where another start has taken the mirror over.
+            self.fault = self.fault or error
+            return
+        if self.fault is None:
             self.warn(
                 f"checkpoint.mirror: {error}; training goes on, and it is tried again until the end"
             )
@@ -213,6 +217,9 @@ class Mirroring:
 
     def recover(self) -> None:
         """Tell that a mirror that was gone has all again."""
+        if self.mirror.store.stopped.is_set():
+            # The work was done, and the mirror is another start's since.
+            return
         if self.fault is not None:
             self.say(f"checkpoint.mirror: {self.mirror.store.url} is back and up to date")
         self.fault = None
