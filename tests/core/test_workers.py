@@ -1,5 +1,6 @@
 """Worker processes: their state, their exit with the parent, and the error if they cannot start."""
 
+import errno
 import gc
 import os
 import pickle
@@ -12,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 import psutil
 import pytest
 
-from castalia.core.workers import WorkerPool
+from castalia.core.workers import WorkerPool, end_with_pipe
 
 HELD = []
 
@@ -112,6 +113,19 @@ def test_a_script_without_a_main_guard_is_an_error_at_once(tmp_path, room):
 def keep_the_lock():
     """Minutes in one call of C, which keeps Python's lock."""
     return sum(range(10**11))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel is not asked")
+def test_a_kernel_that_does_not_watch_the_parent_is_no_error(monkeypatch):
+    asked = []
+
+    def refused(*arguments):
+        asked.append(arguments)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("fcntl.fcntl", refused)
+    end_with_pipe(0)
+    assert asked
 
 
 @pytest.mark.parametrize("work", ["nothing", "a call that keeps Python's lock"])
