@@ -1,13 +1,15 @@
 """Libraries that a wheel carries: checked before they are loaded, and left out if outdated."""
 
+import ctypes
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from castalia.core import compilers, native_code
-from castalia.core.levels import levels_here
+from castalia.core.levels import Level, levels_here
 from castalia.core.prebuilt import PREBUILT, library_name, source_hash
 
 needs_compiler = pytest.mark.skipif(
@@ -44,3 +46,30 @@ def test_a_library_of_the_wheel_needs_no_compiler(
     # Somebody changed the source in place.
     source.write_text('extern "C" int answer() { return 43; }')
     assert native_code.native_library(source, "the answer", "none is used") is None
+
+
+@needs_compiler
+def test_a_compiler_older_than_the_processor_builds_the_best_level_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "level.cpp"
+    source.write_text('extern "C" const char *level() { return CASTALIA_LEVEL; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = [level for level in levels_here() if level.has_code]
+    compile_it = compilers.compiled_code
+
+    def old(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:
+        if level is not known[-1]:
+            said = f"{level.name} is unknown"
+            raise subprocess.CalledProcessError(1, "g++", stderr=f"g++: error\n{said}\n")
+        return compile_it(source, compiler, level)
+
+    monkeypatch.setattr(native_code, "compiled_code", old)
+    if len(known) < 2:
+        pytest.skip("one level alone")
+    match = f"so the level {known[-1].name} is used: {known[0].name} is unknown"
+    with pytest.warns(UserWarning, match=match):
+        built = native_code.native_library(source, "the answer", "none is used")
+    assert built is not None
+    built.level.restype = ctypes.c_char_p
+    assert built.level().decode() == known[-1].name

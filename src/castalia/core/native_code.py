@@ -3,8 +3,8 @@
 Each source is compiled for each level of instructions (castalia.core.levels), and the best one that
 this machine has is loaded. A wheel carries all of them (see setup.py). Where the package has none,
 as in an editable installation, this level alone is built at first use by a compiler of
-castalia.core.compilers. Every caller has the same computation in torch or numpy, for machines with
-neither.
+castalia.core.compilers, or the best that the compiler knows. Every caller has the same computation
+in torch or numpy, for machines with neither.
 
 Libraries that are built here are kept in a cache that only this user can write, under their
 SHA-256; castalia.core.prebuilt checks those of the wheel. A library is loaded from a copy in
@@ -48,13 +48,26 @@ def native_library(source: Path, what: str, instead: str) -> ctypes.CDLL | None:
     compiler = chosen_compiler()
     if compiler is None or not levels:
         return None
-    level = next(level for level in levels if level.has_code)
-    try:
-        return load(machine_code(source, compiler, level), source.stem)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(f"compiling {what} failed, so {instead}: {' '.join(reason)}", stacklevel=3)
-        return None
+    reasons = []
+    for level in levels:
+        if not level.has_code:
+            continue
+        try:
+            built = load(machine_code(source, compiler, level), source.stem)
+        except subprocess.CalledProcessError as error:
+            # A compiler that is older than the processor does not know its newest instructions.
+            reasons += (error.stderr or str(error)).strip().splitlines()[-1:]
+            continue
+        except (OSError, subprocess.SubprocessError) as error:
+            # No compiler that starts, or no time: another level would fail as well.
+            reasons.append(str(error))
+            break
+        if reasons:
+            notice = f"compiling {what} failed, so the level {level.name} is used: {reasons[0]}"
+            warnings.warn(notice, stacklevel=3)
+        return built
+    warnings.warn(f"compiling {what} failed, so {instead}: {reasons[0]}", stacklevel=3)
+    return None
 
 
 def machine_code(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:
