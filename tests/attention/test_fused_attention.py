@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from castalia.attention import fused_attention as module
-from castalia.attention.fused_attention import fused_attention
+from castalia.attention.fused_attention import (
+    Arguments,
+    call,
+    fused_attention,
+    fused_attention_backward,
+)
 from castalia.attention.library import SOURCE, attention_library, fuses, typed
 from castalia.core.compilers import chosen_compiler
 from castalia.core.levels import levels_here
@@ -286,3 +291,37 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
         fused_attention(q, q, q, None, None, torch.ones(2, 1, 8, 8, dtype=torch.bool), [0])
     with pytest.raises(ValueError, match="got a rotation of shape"):
         fused_attention(q, q, q, *torch.zeros(2, 1, 1, 8, 20), None, [0])
+
+
+def test_gradients_of_views_lie_as_the_library_writes_them() -> None:
+    shape = Shape(2, 3, 3, 40, 16)
+    inputs = draw(shape, torch.float32)
+    heads = [x.contiguous() for x in inputs[:3]]
+    y, q, k, v, sums = fused_attention(*heads, None, None, None, [0])
+    wanted = fused_attention_backward(inputs.dy, y, q, k, v, sums, None, None, None, [0])
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    found = fused_attention_backward(inputs.dy, y, *views, sums, None, None, None, [0])
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_keys_without_a_query_have_no_gradient() -> None:
+    q = torch.zeros(1, 2, 0, 16, requires_grad=True)
+    k, v = (torch.ones(1, 2, 256, 16, requires_grad=True) for _ in range(2))
+    # What was freed here may come again as the memory of a gradient.
+    spare = torch.full_like(k, 7.0)
+    del spare
+    y = fused_attention(q, k, v, None, None, None, [0])[0]
+    for gradient in torch.autograd.grad(y.sum(), (q, k, v)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("name", ["castalia_attention", "castalia_attention_backward"])
+def test_memory_that_is_not_there_is_an_error_of_python(name: str) -> None:
+    x = torch.zeros(1, 1, 1, 16)
+    # 2^40 times the same row: packed they would take petabytes.
+    rows = x.expand(1 << 40, 1, 1, 16)
+    arguments = Arguments(rows, rows, rows, None, None, None, [0])
+    count = 8 if name == "castalia_attention" else 9
+    with pytest.raises(MemoryError, match="no memory for attention of 1099511627776 rows of 1 t"):
+        call(name, arguments, *[x] * count)

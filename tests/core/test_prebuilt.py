@@ -60,14 +60,14 @@ def test_a_compiler_older_than_the_processor_builds_the_best_level_that_it_knows
 
     def old(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:
         if level is not known[-1]:
-            said = f"{level.name} is unknown"
-            raise subprocess.CalledProcessError(1, "g++", stderr=f"g++: error\n{said}\n")
+            said = f"error: {level.name} is unknown"
+            raise subprocess.CalledProcessError(1, "g++", stderr=f"g++: x\n{said}\ng++: a note\n")
         return compile_it(source, compiler, level)
 
     monkeypatch.setattr(native_code, "compiled_code", old)
     if len(known) < 2:
         pytest.skip("one level alone")
-    match = f"so the level {known[-1].name} is used: {known[0].name} is unknown"
+    match = f"so the level {known[-1].name} is used: error: {known[0].name} is unknown"
     with pytest.warns(UserWarning, match=match):
         built = native_code.native_library(source, "the answer", "none is used")
     assert built is not None

@@ -69,16 +69,21 @@ struct Problem {  // as Problem in fused_attention.py
 static Long round_up(Long n, Long to) { return (n + to - 1) / to * to; }
 static Long blocks_of(Long n, Long size) { return (n + size - 1) / size; }
 
-struct Memory {  // of one call or one thread; aborts without
+struct Memory {  // of one call or one thread; `first` is null without
     char *first, *next;
-    explicit Memory(size_t bytes) : first((char *)aligned_alloc(64, (bytes + 63) / 64 * 64)), next(first) {
-        if (!first) abort();
-    }
+    explicit Memory(size_t bytes) : first((char *)aligned_alloc(64, (bytes + 63) / 64 * 64)), next(first) {}
     ~Memory() { free(first); }
     template <class T> T *take(Long count) {
         T *place = (T *)next;
         next += (count * sizeof(T) + 63) / 64 * 64;
         return place;
+    }
+};
+
+// A few hundred kilobytes of one thread, which cannot turn back alone: others wait for it.
+struct OwnMemory : Memory {
+    explicit OwnMemory(size_t bytes) : Memory(bytes) {
+        if (!first) abort();
     }
 };
 
@@ -586,15 +591,16 @@ static void copy_rows(const Problem &p, const N *from, Long step, N *to, Long b,
     }
 }
 
-template <class N, bool PAIRS> static void run_forward(const Problem &p, const Forward &f) {
+template <class N, bool PAIRS> static int run_forward(const Problem &p, const Forward &f) {
     constexpr int KEYS = Packing<PAIRS>::KEYS;
     const Long D = p.D, words = D / Packing<PAIRS>::NUMBERS, blocks = blocks_of(p.keys, KEYS);
     const Long size = KEYS * words + D * KEY_WORDS;  // words of a packed block
     Memory shared(p.B * p.K * blocks * size * sizeof(Word));
+    if (!shared.first) return 1;
     Word *packed = shared.take<uint32_t>(p.B * p.K * blocks * size);
     const Long groups = span_count(p, LANES);
     team_run((int)p.threads, [&](const Thread &thread) {
-        Memory own(Group<PAIRS>::bytes(D) + D * KEY_WORDS * sizeof(Word) + 64);
+        OwnMemory own(Group<PAIRS>::bytes(D) + D * KEY_WORDS * sizeof(Word) + 64);
         Word *spare = own.take<uint32_t>(D * KEY_WORDS);
         for (Long task = thread.next(); task < p.B * p.K * blocks; task = thread.next()) {
             const Long b = task / blocks / p.K, head = task / blocks % p.K, key = task % blocks * KEYS;
@@ -631,6 +637,7 @@ template <class N, bool PAIRS> static void run_forward(const Problem &p, const F
             group.write(span, y, p.H * D, f.sums + task / groups * p.T + span.first);
         }
     });
+    return 0;
 }
 
 // ------------------------------------------------------------------------------------------------------- backward
@@ -915,13 +922,14 @@ template <class N, bool PAIRS> struct Gradients {  // a call
     }
 };
 
-template <class N, bool PAIRS> static void run_backward(const Problem &p, const Backward &f) {
+template <class N, bool PAIRS> static int run_backward(const Problem &p, const Backward &f) {
     Gradients<N, PAIRS> all(p, f);
     Memory shared(all.bytes());
+    if (!shared.first) return 1;
     all.take(shared);
     const Long blocks = p.B * p.H * all.spans;
     team_run((int)p.threads, [&](const Thread &thread) {
-        Memory own(Keys<PAIRS>::bytes(p.D));
+        OwnMemory own(Keys<PAIRS>::bytes(p.D));
         Keys<PAIRS> keys(own, p.D);
         for (Long task = thread.next(); task < blocks; task = thread.next()) {
             const Long line = task / all.spans, number = task % all.spans;
@@ -937,23 +945,24 @@ template <class N, bool PAIRS> static void run_backward(const Problem &p, const 
         for (Long task = thread.next(); task < blocks; task = thread.next())
             all.finish(task / all.spans, task % all.spans, (float *)keys.spare);
     });
+    return 0;
 }
 
-extern "C" {
+extern "C" {  // both return 0, or 1 without memory
 
 // q (B, H, T, D), k, v (B, K, keys, D) by their steps; own_q, own_k, own_v and sums (B, H, T) contiguous; y (B, T, H, D).
-void castalia_attention(const Problem *p, int is_bf16, const void *q, const void *k, const void *v, void *own_q,
-                        void *own_k, void *own_v, void *y, float *sums) {
+int castalia_attention(const Problem *p, int is_bf16, const void *q, const void *k, const void *v, void *own_q,
+                       void *own_k, void *own_v, void *y, float *sums) {
     const Forward f{q, k, v, own_q, own_k, own_v, y, sums};
-    if (is_bf16) run_forward<Half, MULTIPLIES_PAIRS>(*p, f);
-    else run_forward<float, false>(*p, f);
+    if (is_bf16) return run_forward<Half, MULTIPLIES_PAIRS>(*p, f);
+    return run_forward<float, false>(*p, f);
 }
 
 // All contiguous, of the forward's shapes; dq like own_q.
-void castalia_attention_backward(const Problem *p, int is_bf16, const void *dy, const void *y, const void *q,
-                                 const void *k, const void *v, const float *sums, void *dq, void *dk, void *dv) {
+int castalia_attention_backward(const Problem *p, int is_bf16, const void *dy, const void *y, const void *q,
+                                const void *k, const void *v, const float *sums, void *dq, void *dk, void *dv) {
     const Backward f{dy, y, q, k, v, sums, dq, dk, dv};
-    if (is_bf16) run_backward<Half, MULTIPLIES_PAIRS>(*p, f);
-    else run_backward<float, false>(*p, f);
+    if (is_bf16) return run_backward<Half, MULTIPLIES_PAIRS>(*p, f);
+    return run_backward<float, false>(*p, f);
 }
 }

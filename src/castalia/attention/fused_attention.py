@@ -122,12 +122,21 @@ def require(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def call(name: str, arguments: Arguments, *tensors: Tensor) -> None:
-    """Run a function of the library on a problem and its tensors."""
+    """Run a function of the library on a problem and its tensors.
+
+    Raises  MemoryError if there is no memory for packed factors.
+    """
     library = attention_library()
     assert library is not None, "`fuses` is asked before"
     is_bf16 = arguments.heads[0].dtype == torch.bfloat16
     places = [x.data_ptr() for x in tensors]
-    getattr(library, name)(ctypes.addressof(arguments.problem), int(is_bf16), *places)
+    failed = getattr(library, name)(ctypes.addressof(arguments.problem), int(is_bf16), *places)
+    if failed:
+        B, H, T = arguments.heads[0].shape[:3]
+        raise MemoryError(
+            f"no memory for attention of {B} rows of {T} tokens and {H} heads; lower"
+            " train.micro_batch_size or data.seq_length"
+        )
 
 
 @torch.library.custom_op("castalia::fused_attention", mutates_args=())
@@ -195,15 +204,18 @@ def fused_attention_backward(
 
     y, q, k, v and sums are the forward's own; dy (B, T, H * D).
     """
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
-    if q.numel():
-        arguments = Arguments(q, k, v, cos, sin, mask, starts)
-        B, H, T, D = q.shape
-        require("dy", dy, (B, T, H * D), q.dtype)
-        require("y", y, (B, T, H * D), q.dtype)
-        require("sums", sums, (B, H, T), torch.float32)
-        own = [x.contiguous() for x in (dy, y, q, k, v, sums)]
-        call("castalia_attention_backward", arguments, *own, *gradients)
+    if not q.numel():
+        # Keys that nobody asks.
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    # Not like the inputs, whose strides may be others than the library writes.
+    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    arguments = Arguments(q, k, v, cos, sin, mask, starts)
+    B, H, T, D = q.shape
+    require("dy", dy, (B, T, H * D), q.dtype)
+    require("y", y, (B, T, H * D), q.dtype)
+    require("sums", sums, (B, H, T), torch.float32)
+    own = [x.contiguous() for x in (dy, y, q, k, v, sums)]
+    call("castalia_attention_backward", arguments, *own, *gradients)
     return gradients[0], gradients[1], gradients[2]
 
 
@@ -220,7 +232,7 @@ def _(
     mask: Tensor | None,
     starts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -229,6 +241,8 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     # The inputs are views of the projection's output, three times as wide as each: saving them
     # would keep that alive beside the copies. The projection behind keeps y in any case.
     ctx.save_for_backward(*output, cos, sin, mask)
+    # Else autograd makes zeros as the gradients of the copies, which nobody uses.
+    ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:

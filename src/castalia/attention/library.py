@@ -34,8 +34,6 @@ def typed(library: ctypes.CDLL) -> ctypes.CDLL:
     problem = (ctypes.c_void_p, ctypes.c_int)
     library.castalia_attention.argtypes = [*problem, *[ctypes.c_void_p] * 8]
     library.castalia_attention_backward.argtypes = [*problem, *[ctypes.c_void_p] * 9]
-    library.castalia_attention.restype = None
-    library.castalia_attention_backward.restype = None
     lend_threads(library)
     return library
 

@@ -56,7 +56,7 @@ def native_library(source: Path, what: str, instead: str) -> ctypes.CDLL | None:
             built = load(machine_code(source, compiler, level), source.stem)
         except subprocess.CalledProcessError as error:
             # A compiler that is older than the processor does not know its newest instructions.
-            reasons += (error.stderr or str(error)).strip().splitlines()[-1:]
+            reasons.append(reason_of(error))
             continue
         except (OSError, subprocess.SubprocessError) as error:
             # No compiler that starts, or no time: another level would fail as well.
@@ -68,6 +68,13 @@ def native_library(source: Path, what: str, instead: str) -> ctypes.CDLL | None:
         return built
     warnings.warn(f"compiling {what} failed, so {instead}: {reasons[0]}", stacklevel=3)
     return None
+
+
+def reason_of(error: subprocess.CalledProcessError) -> str:
+    """The line in which a compiler says why it failed."""
+    lines = ((error.stderr or "").strip() or str(error)).splitlines()
+    # g++ goes on with notes, about options for warnings among others.
+    return next((line for line in lines if "error" in line), lines[-1])
 
 
 def machine_code(source: Path, compiler: tuple[str, ...], level: Level) -> bytes:

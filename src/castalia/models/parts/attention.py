@@ -156,8 +156,8 @@ def by_blocks(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_fused(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether compiled code has these heads; the compiler of models takes the answer as given."""
-    # A rule of instructions, dtype and width alone: every rank of a run, and its resume, computes
-    # by the same kernel.
+    # Never measured: where instructions and compilers are the same, all ranks of a run and its
+    # resume compute by the same kernel. Elsewhere they differ by rounding.
     return fuses(str(dtype).removeprefix("torch."), head_dim)
 
 

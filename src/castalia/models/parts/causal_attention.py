@@ -291,6 +291,8 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     # would keep that alive beside the copies.
     _, q, k, v, kept = output
     ctx.save_for_backward(q, k, v, kept, cos, sin, mask)
+    # Else autograd makes zeros as the gradients of the copies, which nobody uses.
+    ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
