@@ -100,6 +100,8 @@ def test_what_is_not_measured(config_of, measured, monkeypatch):
     assert measured.asked == []
     with pytest.raises(ConfigError, match=r"train.products=onednn: torch comes without oneDNN"):
         with_products(config_of("train.products=onednn"), ALONE)
+    # An estimate times a piece all the same.
+    assert expected_products(config_of("train.products=onednn"), ALONE.device) == "torch"
     # Where it has no effect it is no error.
     with_products(config_of("train.products=onednn", "precision=bf16"), ALONE)
 

@@ -151,7 +151,8 @@ class NativeEngine(Engine):
     Takes   kernels: auto (the compiled step, else the fastest kernels of torch), torch, or the
             name of one kernel.
             scoring: bf16 or fp32 to score whole texts in it; auto for the fastest here of these
-            and the storage's own arithmetic; None for the storage's arithmetic.
+            and the storage's own arithmetic, which for quantized weights has attention in bfloat16
+            where the processor multiplies that; None for the storage's arithmetic.
 
     Scoring in another arithmetic than decoding has a copy of the weights of its own, which is made
     for the first text.
@@ -173,7 +174,7 @@ class NativeEngine(Engine):
         self.weights = weights
         self.compiled = compiled_forward(weights, kernels)
         if self.compiled is not None:
-            # Rounded by less than int8 rounds what attention reads.
+            # int8 has rounded what attention reads by more than bfloat16 does.
             self.compiled.rounds_scores = scoring == "auto" and weights.storage in QUANTIZED
         self.decoder: PackedDecoder | None = None
         self.own_kernel = "compiled"

@@ -71,7 +71,7 @@ def recorded_products(config: RunConfig) -> str | None:
 def expected_products(config: RunConfig, device: torch.device) -> str:
     """The library of a fresh run, were its precision fp32."""
     exact = config.model_copy(update={"precision": "fp32"})
-    if not is_exact_cpu(exact, device):
+    if not is_exact_cpu(exact, device) or not has_onednn():
         return "torch"
     given = config.train.products
     return faster_products(config) if given == "auto" else given
