@@ -152,6 +152,24 @@ def test_other_documents_compile_nothing_anew(window: int | None) -> None:
     assert counter.frame_count == 1
 
 
+def test_micro_batches_of_many_sizes() -> None:
+    """A ramp of the batch, whose last micro-batches have any number of rows."""
+    counter = CompileCounter()
+    real = torch.compile
+    flex.kernel.cache_clear()
+    try:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", lambda *a, **b: real(*a, backend=counter, **b))
+            for rows in range(1, 12):
+                q = torch.ones(rows, 1, 20, 16)
+                mask = flex.block_mask(torch.zeros(rows, 20, dtype=torch.int64))
+                y = flex.attend_in_blocks(q, q, q, mask, None)
+                torch.testing.assert_close(y, torch.ones(rows, 20, 16))
+    finally:
+        flex.kernel.cache_clear()
+    assert counter.frame_count == 11
+
+
 @pytest.mark.filterwarnings("ignore:.*context_fn is passed")
 def test_a_compiled_block_that_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *heads: None)

@@ -19,6 +19,9 @@ from castalia.models.parts.rotary import Rope, rotate_heads
 
 BLOCK = 128
 """Tokens of a block; the kernels' tiles divide it."""
+SHAPES = 64
+"""Shapes for which a process compiles the kernel: torch gives up after 8, and full micro-batches,
+the last one of a step or a validation, ramps of the batch and windows have one each."""
 
 
 def block_masks(config: TransformerConfig, segments: Tensor) -> dict[str, BlockMask]:
@@ -93,7 +96,15 @@ def sees(segments: Tensor, window: int | None) -> Callable[..., Tensor]:
 def kernel() -> Callable[..., Tensor]:
     """FlexAttention, compiled once for each shape."""
     # Whole, or an error: uncompiled it would write out all scores, without a word.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def compute(*heads: Tensor, **options: Any) -> Tensor:
+        # The argument recompile_limit of torch.compile is younger than torch 2.11.
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            y: Tensor = compiled(*heads, **options)
+        return y
+
+    return compute
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, rope: Rope | None) -> Tensor:
