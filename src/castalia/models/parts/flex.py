@@ -96,7 +96,7 @@ def sees(segments: Tensor, window: int | None) -> Callable[..., Tensor]:
 def kernel() -> Callable[..., Tensor]:
     """FlexAttention, compiled once for each shape."""
     # Whole, or an error: uncompiled it would write out all scores, without a word.
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def compute(*heads: Tensor, **options: Any) -> Tensor:
         # The argument recompile_limit of torch.compile is younger than torch 2.11.
