@@ -115,6 +115,11 @@ def test_verbs_of_several_steps_take_one_url(bucket, cache, tmp_path):
     assert done.step == 4
     (checkpoint,) = checkpoints_of([f"{bucket}/run/step2"])
     assert checkpoint.step == 2 and Path(checkpoint.path).is_relative_to(cache)
+    # The results lie here and not in the cache, under the names that the URL has.
+    assert checkpoint.stores == (Path("evals"),)
+    assert (checkpoint.suite, checkpoint.model) == (bucket.rpartition("/")[2], "run")
+    (checkpoint,) = checkpoints_of([f"{bucket}/run/checkpoints/step-00000002"], store="mine")
+    assert checkpoint.stores == (Path("mine"),) and checkpoint.model == "run"
     with pytest.raises(ConfigError, match="is read as one checkpoint; give URL/step1000"):
         checkpoints_of([f"{bucket}/run"], "all")
     with pytest.raises(ConfigError, match="give --output for its export"):

@@ -157,8 +157,11 @@ def checkpoints_of(
     found: dict[str, Checkpoint] = {}
     for path in paths:
         text = os.fspath(path)
+        results = store
         if is_remote(text):
             text = str(local_alone(text, steps))
+            # As of a model of the hub: nobody looks for results in the cache.
+            results = store or EVALS
         members = series_of(text, listed=asked is not None)
         # A folder of several models keeps their results together.
         suite = None
@@ -166,7 +169,7 @@ def checkpoints_of(
             suite = Path(text)
         for series in members or models_in(Path(text)):
             for place in chosen_paths(series, asked):
-                checkpoint = checkpoint_at(place, series, suite, store)
+                checkpoint = checkpoint_at(place, series, suite, results)
                 # Of runs/a and runs/../runs/a the first stands.
                 found.setdefault(os.path.abspath(checkpoint.path), checkpoint)
     return list(found.values())

@@ -1,10 +1,11 @@
 """Models in object stores: what a URL names is fetched into the cache and read there.
 
-CACHE/models/HASH/NAME/checkpoints/step-00001000   a checkpoint: its weights and texts
-CACHE/models/HASH/NAME/export.json, …              an export
+CACHE/models/HASH/AROUND/NAME/checkpoints/step-00001000   a checkpoint: its weights and texts
+CACHE/models/HASH/AROUND/NAME/export.json, …              an export
 
-HASH is that of the URL. Every file is compared with the hash that the checkpoint or the export has
-of it, and has its name once it is whole.
+HASH is that of the URL; AROUND and NAME are its last two folders, the suite and the model of its
+results. Every file is compared with the hash that the checkpoint or the export has of it, and has
+its name once it is whole.
 """
 
 import hashlib
@@ -88,8 +89,8 @@ def local_alone(url: str, steps: object) -> Path:
 def found_before(folder: Path) -> Path | None:
     """The model that was fetched into a folder of the cache last; None if there is none."""
     # A hidden folder is an export that did not come whole.
-    places = [record.parent for record in folder.glob(f"[!.]*/{RECORD}")]
-    for steps in folder.glob(f"*/{CHECKPOINTS}"):
+    places = [record.parent for record in folder.glob(f"*/[!.]*/{RECORD}")]
+    for steps in folder.glob(f"*/*/{CHECKPOINTS}"):
         places += [steps / step_name(step) for step in complete_steps(steps)]
     return max(places, key=lambda place: place.stat().st_mtime, default=None)
 
@@ -101,15 +102,15 @@ def fetched(url: str, folder: Path) -> Path:
     store = ObjectStore(url)
     if has(store, COMPLETE):
         name = url.rpartition("/")[2]
-        return fetch_checkpoint(store, "", folder / "run" / CHECKPOINTS / name)
+        return fetch_checkpoint(store, "", home_of(base, folder) / CHECKPOINTS / name)
     if has(store, RECORD):
-        return fetch_export(store, folder / url.rpartition("/")[2])
+        return fetch_export(store, home_of(url, folder))
     run = Mirror(store, Path())
     if wanted is not None:
         around = Mirror(ObjectStore(base), Path())
         steps = around.steps()
         if wanted in steps:
-            return newest_whole(around, [wanted], folder / base.rpartition("/")[2])
+            return newest_whole(around, [wanted], home_of(base, folder))
         if steps:
             raise CheckpointError(
                 f"no checkpoint at {url}: step {wanted} is not there, or not completely; choose one"
@@ -121,7 +122,14 @@ def fetched(url: str, folder: Path) -> Path:
             f"{url} holds no checkpoint, run or export of Castalia; give the URL of a mirror"
             " (checkpoint.mirror), URL/step1000, or that of a folder with export.json"
         )
-    return newest_whole(run, steps, folder / run.store.url.rpartition("/")[2])
+    return newest_whole(run, steps, home_of(url, folder))
+
+
+def home_of(url: str, folder: Path) -> Path:
+    """The place of a run or an export in the cache's folder of a URL."""
+    around, _, name = url.rpartition("/")
+    # A bucket has nothing around it.
+    return folder / (around.rpartition("/")[2] or "models") / name
 
 
 def newest_whole(run: Mirror, steps: list[int], folder: Path) -> Path:
