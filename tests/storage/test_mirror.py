@@ -17,7 +17,7 @@ from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.mirror import Mirror, logs_of
 from castalia.checkpoint.mirroring import Mirroring
 from castalia.checkpoint.owner import Owner
-from castalia.checkpoint.restore import fetch_logs
+from castalia.checkpoint.restore import fetch_logs, restore
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.files import this_process
 from castalia.data import IndexedDatasetWriter
@@ -332,6 +332,22 @@ def test_fetched_logs_are_compared(train, whole, tmp_path, capsys):
     assert len(re.findall(said, err)) == 1
     said = f"warning: {url}/command.txt is damaged: its SHA-256 is not that of the log that was"
     assert err.count(said) == 1 and err.count("it is taken as it is") == 2
+
+
+def test_folders_that_were_made_on_a_website_are_no_logs(new_bucket, link, whole, tmp_path):
+    url = new_bucket()
+    store = ObjectStore(f"{url}/runs/first")
+    mirror = Mirror(store, whole)
+    mirror.send_step(6)
+    mirror.send_logs()
+    bucket = url.rpartition("/")[2]
+    for folder in ("", "checkpoints/", "samples/"):
+        key = f"runs/first/{folder}"
+        store.system.call_s3("put_object", Bucket=bucket, Key=key, Body=b"")
+    assert all(name and not name.endswith("/") for name in store.sizes())
+    other = Mirror(ObjectStore(store.url), tmp_path / "other")
+    assert restore(other, print) == 6
+    require_same(tmp_path / "other", whole)
 
 
 def test_a_log_on_its_way_may_be_either_of_two(whole, tmp_path, monkeypatch):

@@ -175,7 +175,13 @@ class ObjectStore:
                 if fault_of(error, "read", self.url).missing:
                     return {}
                 raise
-            return {path[len(root) :].lstrip("/"): int(at["size"]) for path, at in found.items()}
+            # A name with a slash at its end is an empty object that stands for a folder, as the
+            # website of a bucket makes them.
+            return {
+                path[len(root) :].lstrip("/"): int(at["size"])
+                for path, at in found.items()
+                if not path.endswith("/")
+            }
 
         return self.attempt("list", under, work)
 
