@@ -22,6 +22,7 @@ from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.files import this_process
 from castalia.data import IndexedDatasetWriter
 from castalia.integrity.checking import check_folders
+from castalia.integrity.mirrors import check_logs
 from castalia.recipes import load_config
 from castalia.runs.hook import Hook
 from castalia.storage import ObjectStore, StorageError, Transfer, objects
@@ -396,9 +397,14 @@ def test_the_log_there_stays_known_however_often_a_send_fails(whole, tmp_path, m
                 path.write_text(f"{before}# {name} {number}\n")
                 with pytest.raises(StorageError):
                     mirror.send_logs()
+            (tmp_path / "run/new.txt").write_text("new")
+            with pytest.raises(StorageError):
+                mirror.send_logs()
     said: list[str] = []
     fetch_logs(Mirror(mirror.store, tmp_path / "other"), said.append)
     assert (tmp_path / "other/config.yaml").read_text() == before and not said
+    # A log that has never come through is not missed.
+    assert not any(file.fault for file in check_logs(mirror))
     assert mirror.send_logs()
     assert len(json.loads(mirror.store.read(".mirror/logs.json"))["config.yaml"]) == 2
 

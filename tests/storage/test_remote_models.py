@@ -17,6 +17,7 @@ from castalia.eval.places import checkpoints_of
 from castalia.export import export
 from castalia.formats import remote
 from castalia.formats.remote import local_model, split_step
+from castalia.formats.saved_model import open_model
 from castalia.storage import ObjectStore, StorageError, objects
 
 TEXT = "The "
@@ -185,6 +186,8 @@ def test_a_step_without_its_manifest_or_under_another_name_is_skipped(four_steps
     with pytest.warns(UserWarning, match=r"it is of step 4, .*step-00000006.*using step 4"):
         assert local_model(store.url).name == "step-00000004"
     shutil.rmtree(steps / "step-00000006")
+    # A rank takes the step that the first one has found, whatever has come since.
+    assert open_model(store.url, step=2, check=False).step == 2
     (steps / "step-00000004/manifest.json").unlink()
     with pytest.warns(UserWarning, match=r"manifest.json: it does not exist.*using step 2"):
         assert local_model(store.url).name == "step-00000002"

@@ -170,11 +170,15 @@ class Mirror:
 
     def before(self, name: str, entry: list[Any]) -> list[Any]:
         """Sizes and hashes that a log on the mirror may have until `entry` is there: those of the
-        last sends that failed, and of the last that did not."""
+        last sends that failed, and of the last that did not; `entry` again for a new log, which
+        nobody may miss there yet."""
         noted = self.noted_logs.get(name, [])
         pairs = [noted[place : place + 2] for place in range(0, len(noted), 2)]
         failed = [pair for pair in pairs[:-1] if pair != entry][:FAILED]
-        return [value for pair in (*failed, *pairs[-1:]) for value in pair]
+        last = entry
+        if pairs:
+            last = pairs[-1]
+        return [value for pair in (*failed, last) for value in pair]
 
     def write_logs_record(self, coming: dict[str, list[Any]]) -> None:
         """Write which logs the mirror has, and those that are on their way."""

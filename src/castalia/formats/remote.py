@@ -47,9 +47,11 @@ def is_remote(path: object) -> bool:
     return is_url(path) and not is_hub_id(str(path))
 
 
-def local_model(url: str) -> Path:
+def local_model(url: str, step: int | None = None) -> Path:
     """The folder in the cache that stands for a run (its newest whole step), URL/step1000, a
     checkpoint or an export at `url`; what is missing there is fetched.
+
+    step  of a run, take this one: another rank has, and newer ones may have come since.
 
     Without a server, what was fetched before is taken, with a warning.
     Raises  CheckpointError if nothing of ours is there, or it is damaged; StorageError if it cannot
@@ -64,7 +66,7 @@ def local_model(url: str) -> Path:
     # Several processes of a sweep begin in the same moment.
     with claimed(folder, WAIT_SECONDS, silent=5.0):
         try:
-            return fetched(url, folder)
+            return fetched(url, folder, step)
         except StorageError as error:
             known = found_before(folder)
             if known is None or not error.passing:
@@ -95,7 +97,7 @@ def found_before(folder: Path) -> Path | None:
     return max(places, key=lambda place: place.stat().st_mtime, default=None)
 
 
-def fetched(url: str, folder: Path) -> Path:
+def fetched(url: str, folder: Path, step: int | None) -> Path:
     """See `local_model`."""
     url = url.removesuffix(f"/{CHECKPOINTS}")
     base, wanted = split_step(url)
@@ -122,6 +124,8 @@ def fetched(url: str, folder: Path) -> Path:
             f"{url} holds no checkpoint, run or export of Castalia; give the URL of a mirror"
             " (checkpoint.mirror), URL/step1000, or that of a folder with export.json"
         )
+    if step is not None and step in steps:
+        steps = [step]
     return newest_whole(run, steps, home_of(url, folder))
 
 

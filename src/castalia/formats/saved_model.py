@@ -102,7 +102,7 @@ def open_model(
     Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
               cannot be built.
     """
-    folder = folder_named(path)
+    folder = folder_named(path, step)
     if is_peft_folder(folder):
         return open_peft(folder, check)
     if folder.is_dir() and is_hf_folder(folder):
@@ -133,14 +133,14 @@ def open_model(
     return open_step(last, check)
 
 
-def folder_named(path: str | Path) -> Path:
+def folder_named(path: str | Path, step: int | None = None) -> Path:
     """The local folder of a model: a path is one itself, what the hub or an object store has is
-    fetched.
+    fetched, of a run there its newest step or `step`.
 
     Raises  CheckpointError if it is not there; StorageError.
     """
     if is_remote(path):
-        return local_model(str(path))
+        return local_model(str(path), step)
     return hub_folder(str(path)) if is_hub_id(path) else Path(path)
 
 
