@@ -320,7 +320,7 @@ def products_of(one: Case, device: str, wanted: str) -> str:
 def stop(workers: dict[str, Worker]) -> None:
     """End the case in the engines, which wait for the next one."""
     for worker in workers.values():
-        worker.tell("stop")
+        worker.ask("stop")
 
 
 def start(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Worker]:

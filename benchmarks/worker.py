@@ -54,5 +54,8 @@ def serve(build: Callable[[], Any], words: Mapping[str, Callable[[Any], Any]]) -
     engine = build()
     for word in chain(["ready"], map(str.strip, sys.stdin)):
         if word == "stop":
+            # Whoever sends another case waits for this: this process may have read ahead, and would
+            # take the next line with it.
+            print("null", file=answers, flush=True)
             return
         print(json.dumps(words[word](engine)), file=answers, flush=True)
