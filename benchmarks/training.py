@@ -54,7 +54,7 @@ from castalia.models.families import family_of
 from castalia.models.flops import flops_per_token
 from castalia.monitor import peak_flops
 from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
-from castalia.train.machine_products import faster_library
+from castalia.runs.machine_products import faster_library
 
 HERE = Path(__file__).resolve().parent
 ROWS = {("14m", 512): 8, ("70m", 512): 2, ("14m", 2048): 2}

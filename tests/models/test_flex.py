@@ -21,7 +21,7 @@ from castalia.models.parts.masks import segment_mask
 from castalia.models.parts.rotary import rope_tables, rotate_heads
 from castalia.models.parts.transformer import TransformerBlock
 from castalia.recipes import load_config
-from castalia.train.document_attention import require_flex
+from castalia.runs.flex_trial import require_flex
 
 
 def documents(*lengths: int) -> list[int]:

@@ -11,8 +11,8 @@ from castalia.distributed import World
 from castalia.machine import onednn
 from castalia.products import OnednnLinear, linear
 from castalia.recipes import load_config
-from castalia.train import machine_products
-from castalia.train.machine_products import expected_products, with_products
+from castalia.runs import machine_products
+from castalia.runs.machine_products import expected_products, with_products
 from castalia.train.run import run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -119,7 +119,7 @@ def test_a_gain_within_the_noise_changes_nothing(config_of, measured):
 OPPOSED = """
 import os
 from castalia.products import linear
-from castalia.train import machine_products
+from castalia.runs import machine_products
 linear.LEAST = 0
 machine_products.faster_products = lambda config: "torch" if int(os.environ["RANK"]) else "onednn"
 """

@@ -139,6 +139,12 @@ def call(name: str, arguments: Arguments, *tensors: Tensor) -> None:
         )
 
 
+def new_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous tensors in the shapes of q, k and v, not yet written."""
+    # Not `empty_like`: the inputs' strides may be others than the library writes.
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 @torch.library.custom_op("castalia::fused_attention", mutates_args=())
 def fused_attention(
     q: Tensor,
@@ -161,30 +167,22 @@ def fused_attention(
               query log2 of the sum of its softmax, (B, H, T) fp32.
     Raises    ValueError for tensors that do not belong together.
     """
-    B, H, T, D = q.shape
-    y = q.new_empty(B, T, H * D)
-    own = [x.new_empty(x.shape) for x in (q, k, v)]
-    sums = q.new_empty(B, H, T, dtype=torch.float32)
+    outputs = new_outputs(q, k, v)
+    y, *own, sums = outputs
     if q.numel():
         arguments = Arguments(q, k, v, cos, sin, mask, starts)
         call("castalia_attention", arguments, *arguments.heads, *own, y, sums)
-    return y, own[0], own[1], own[2], sums
+    return outputs
 
 
 @fused_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
-    starts: list[int],
+def new_outputs(
+    q: Tensor, k: Tensor, v: Tensor, *unused: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `fused_attention` returns, not yet written."""
     B, H, T, D = q.shape
-    own = [x.new_empty(x.shape) for x in (q, k, v)]
     sums = q.new_empty(B, H, T, dtype=torch.float32)
-    return q.new_empty(B, T, H * D), own[0], own[1], own[2], sums
+    return q.new_empty(B, T, H * D), *new_gradients(q, k, v), sums
 
 
 @torch.library.custom_op("castalia::fused_attention_backward", mutates_args=())
@@ -207,8 +205,7 @@ def fused_attention_backward(
     if not q.numel():
         # Keys that nobody asks.
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    # Not like the inputs, whose strides may be others than the library writes.
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    gradients = new_gradients(q, k, v)
     arguments = Arguments(q, k, v, cos, sin, mask, starts)
     B, H, T, D = q.shape
     require("dy", dy, (B, T, H * D), q.dtype)
@@ -216,23 +213,14 @@ def fused_attention_backward(
     require("sums", sums, (B, H, T), torch.float32)
     own = [x.contiguous() for x in (dy, y, q, k, v, sums)]
     call("castalia_attention_backward", arguments, *own, *gradients)
-    return gradients[0], gradients[1], gradients[2]
+    return gradients
 
 
 @fused_attention_backward.register_fake
 def _(
-    dy: Tensor,
-    y: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sums: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
-    starts: list[int],
+    dy: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, *unused: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return new_gradients(q, k, v)
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -13,7 +13,7 @@ from castalia.formats.saved_model import SavedModel
 from castalia.inference.native_engine import NativeEngine
 from castalia.machine import Machine
 from castalia.recipes import load_config
-from castalia.train.machine_products import FASTER
+from castalia.runs.machine_products import FASTER
 from castalia.train.timing import preferred, random_model, times_as_long
 
 TRAINED = "pythia-14m"

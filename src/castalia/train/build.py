@@ -25,9 +25,9 @@ from castalia.optim import OPTIMIZERS, OptimConfig, Rules
 from castalia.optim.updater import freeze
 from castalia.products import use_onednn
 from castalia.runs.config import RunConfig
+from castalia.runs.flex_trial import require_flex
+from castalia.runs.machine_products import uses_onednn
 from castalia.tokenizers.tokenizer import load_tokenizer
-from castalia.train.document_attention import require_flex
-from castalia.train.machine_products import uses_onednn
 from castalia.train.precision import DTYPES, gather_policy
 from castalia.train.start import StartWeights
 

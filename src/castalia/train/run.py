@@ -15,6 +15,7 @@ from castalia.distributed import World, peers_may_be_lost
 from castalia.monitor.sinks import require_libraries
 from castalia.runs.config import RunConfig
 from castalia.runs.folder import check_run_folder, write_run_folder
+from castalia.runs.machine_products import products_notes
 from castalia.runs.named_hooks import named_hooks
 from castalia.train.build import check_processes
 from castalia.train.hooks import (
@@ -32,7 +33,6 @@ from castalia.train.hooks import (
 )
 from castalia.train.hooks.mirror import restore_run
 from castalia.train.machine_precision import offload_notes, precision_notes
-from castalia.train.machine_products import products_notes
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
 from castalia.train.trainer import Trainer

@@ -26,7 +26,7 @@ from castalia.models.config import TransformerConfig
 from castalia.models.flops import flops_per_token
 from castalia.products import use_onednn
 from castalia.runs.config import RunConfig
-from castalia.train.machine_products import expected_products
+from castalia.runs.machine_products import expected_products
 from castalia.train.precision import arithmetic
 
 LAYERS = 2

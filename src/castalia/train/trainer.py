@@ -26,6 +26,7 @@ from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
 from castalia.runs.config import RunConfig, rules_of
 from castalia.runs.hook import close_with, start_hook
+from castalia.runs.machine_products import with_products
 from castalia.runs.named_corpus import ensure_on_all
 from castalia.runs.rows import opened_rows
 from castalia.train.build import build_model, check_processes, step_loader, with_room
@@ -34,7 +35,6 @@ from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.mirror import rescuer
 from castalia.train.machine_precision import with_precision
-from castalia.train.machine_products import with_products
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.passes import make_passes
 from castalia.train.precision import storage
