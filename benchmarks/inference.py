@@ -12,10 +12,10 @@ random and the same for all. Every engine has a process of its own, and all engi
 in each round. Decoding: prompts of 32 random tokens, 128 new tokens, greedy, without an end of
 document. Memory is the peak resident size minus that after the imports. The share of the memory
 limit is the bytes of weights that a token reads times the steps a second, over the bandwidth
-measured in the same round for that working set. First tokens are timed for prompts of 128, 512 and
-2,000 tokens and a mixed batch of eight. `native auto` is what dtype=auto takes. CTranslate2 and
-llama.cpp use the number of threads that suits them best. Goals are ratios of medians, printed at
-the end.
+measured in the same round by as many readings of that working set. First tokens are timed for
+prompts of 128, 512 and 2,000 tokens and a mixed batch of eight. `native auto` is what dtype=auto
+takes. CTranslate2 and llama.cpp use the number of threads that suits them best. Goals are ratios of
+medians, printed at the end.
 """
 
 import argparse
@@ -249,10 +249,15 @@ def token_bytes(family: str, size: str, engine: str) -> float:
     return (shape.layers * block + rows * width) * BITS[numbers] / 8
 
 
-def bandwidth(size: float) -> float:
-    """Bytes a second that all threads together read from a buffer of this size; best of 10."""
+def bandwidth(size: float, readings: int) -> float:
+    """Bytes a second that all threads together read from a buffer of this size, time after time.
+
+    The mean, because a neighbour on the memory slows down the tokens of a text and readings alike:
+    over the fastest of a few readings the share would tell more of the neighbours than of the step.
+    """
     data = torch.ones(max(1, int(size / 4)))
-    return data.nbytes / min(seconds(data.sum) for _ in range(10))
+    data.sum()
+    return readings * data.nbytes / seconds(lambda: [data.sum() for _ in range(readings)])
 
 
 def prompts_of(batch: int, tokens: int, family: str, size: str) -> list[list[int]]:
@@ -275,7 +280,7 @@ def measure_decoding(
         works[name] = lambda worker=worker: worker.ask(prompts=prompts, new=options.new)["seconds"]
         works[f"{name} first"] = lambda worker=worker: worker.ask(prompts=prompts, new=1)["seconds"]
         read = token_bytes(family, size, name)
-        works[f"{name} bandwidth"] = lambda read=read: bandwidth(read)
+        works[f"{name} bandwidth"] = lambda read=read: bandwidth(read, options.new)
     times = in_turn(works, options.rounds)
     out = {}
     for name in workers:
