@@ -2,11 +2,16 @@
 levels of instructions; and bits that follow from a row alone.
 """
 
+import ctypes
+import struct
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.fixtures.emulation import PROCESSORS, Image, build_program, emulated, needs_emulation
 from torch import Tensor
 
 from castalia.attention import fused_attention as module
@@ -167,6 +172,57 @@ def test_a_lower_level_of_instructions_has_the_same_results(
 ) -> None:
     monkeypatch.setattr(module, "attention_library", lambda: level_below)
     for shape in SHAPES[1::2]:
+        require_near(shape, dtype)
+
+
+class EmulatedAttention:
+    """`call` of a program for another processor."""
+
+    def __init__(self, program: Path) -> None:
+        self.command = emulated(program, PROCESSORS[program.name])
+
+    def __call__(self, name: str, arguments: Arguments, *tensors: Tensor) -> None:
+        """As the library's call."""
+        image = Image()
+        places = [image.add_tensor(tensor) for tensor in tensors]
+        pointed = [*arguments.heads, *getattr(arguments, "tables", ())]
+        if arguments.problem.mask is not None:
+            pointed.append(arguments.mask)
+        for tensor in pointed:
+            image.add_tensor(tensor)
+        image.add(ctypes.addressof(arguments.starts), ctypes.sizeof(arguments.starts))
+        problem = image.add_structure(arguments.problem)
+        found = image.relocations()
+        is_bf16 = arguments.heads[0].dtype == torch.bfloat16
+        options = (name == "castalia_attention_backward", is_bf16, problem)
+        header = struct.pack("<5q", len(image.memory), len(found), *options)
+        header += struct.pack("<9q", *places, *[0] * (9 - len(places)))
+        sent = header + image.memory + struct.pack(f"<{len(found)}q", *found)
+        done = subprocess.run(self.command, input=sent, capture_output=True, check=True)
+        assert len(done.stdout) == len(image.memory)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            start = image.places[storage.data_ptr()]
+            content = done.stdout[start : start + storage.nbytes()]
+            ctypes.memmove(storage.data_ptr(), content, len(content))
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def arm_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """emulated_attention.cpp for one level of ARM."""
+    source = Path(__file__).with_name("emulated_attention.cpp")
+    return build_program(source, request.param, tmp_path_factory.mktemp("arm"))
+
+
+@needs_emulation[0]
+@needs_emulation[1]
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_arm_has_the_same_results(
+    dtype: torch.dtype, arm_program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "call", EmulatedAttention(arm_program))
+    for shape in SHAPES:
         require_near(shape, dtype)
 
 

@@ -1,17 +1,23 @@
 """The compiled step for ARM, run by qemu, against the step of this machine."""
 
 import ctypes
-import shutil
 import signal
 import struct
 import subprocess
 from pathlib import Path
 
 import pytest
+from tests.fixtures.emulation import (
+    LEVELS,
+    PROCESSORS,
+    Image,
+    build_program,
+    emulated,
+    needs_emulation,
+)
 from torch import Tensor
 
-from castalia.core import compilers
-from castalia.core.levels import AUXV, DOTPROD, I8MM, NEON, Level, instructions_of_auxv
+from castalia.core.levels import AUXV, instructions_of_auxv
 from castalia.distributed import initialize
 from castalia.models import Decoder
 from castalia.models.families.llama import LlamaConfig
@@ -22,19 +28,11 @@ from castalia.native.fused import FusedForward
 from castalia.native.structs import CBatch, CCache, CModel
 from castalia.native.weights import packed_weights
 
-COMPILER = shutil.which("aarch64-linux-gnu-g++")
-EMULATOR = shutil.which("qemu-aarch64")
 NUMBERS = {"fp32": "bf16", "bf16": "fp32", "int8": "int8", "int4": "fp32"}
 """Weights, and keys and values. Rounded ones differ by a whole step where sums differ in the 17th
 bit, as those of bf16 weights do on i8mm."""
 SIZES = {"fp32": (64, 4), "bf16": (54, 3), "int8": (60, 5), "int4": (64, 4)}
 """Width and heads. i8mm multiplies 4 bfloat16 numbers or 8 bytes, so some are left over."""
-PROCESSORS = {
-    "neon": "cortex-a72",
-    "dotprod": "neoverse-n1",
-    "i8mm": "max,sve=off",
-}
-"""Of each level one that has no more."""
 MISSING = {
     ("dotprod", "int8"): "cortex-a72",
     ("i8mm", "bf16"): "neoverse-n1",
@@ -45,50 +43,16 @@ MISSING = {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(COMPILER is None, reason="no aarch64-linux-gnu-g++ here"),
-    pytest.mark.skipif(EMULATOR is None, reason="no qemu-aarch64 here"),
+    *needs_emulation,
     pytest.mark.skipif(compiled.library() is None, reason="no compiled step to compare with"),
 ]
-
-
-class Image:
-    """Memory that another process gets, with the addresses in it as offsets."""
-
-    def __init__(self) -> None:
-        self.memory = bytearray()
-        self.places: dict[int, int] = {}
-        self.structures: list[tuple[int, int]] = []
-
-    def add(self, address: int, size: int) -> None:
-        """Copy `size` bytes from an address."""
-        self.memory += bytes(-len(self.memory) % 64)
-        self.places[address] = len(self.memory)
-        self.memory += ctypes.string_at(address, size)
-
-    def add_structure(self, structure: ctypes.Structure | ctypes.Array) -> int:  # type: ignore[type-arg]
-        """Copy what has addresses in it; returns its offset."""
-        self.add(ctypes.addressof(structure), ctypes.sizeof(structure))
-        offset = self.places[ctypes.addressof(structure)]
-        self.structures.append((offset, ctypes.sizeof(structure)))
-        return offset
-
-    def relocations(self) -> list[int]:
-        """Replace every known address in the structures by an offset; where they stand."""
-        found = []
-        for offset, size in self.structures:
-            for at in range(offset, offset + size, 8):
-                (value,) = struct.unpack_from("<q", self.memory, at)
-                if value in self.places:
-                    struct.pack_into("<q", self.memory, at, self.places[value])
-                    found.append(at)
-        return found
 
 
 class Emulated:
     """castalia_forward of a program for another processor, run by the emulator."""
 
     def __init__(self, program: Path, processor: str) -> None:
-        self.command = [str(EMULATOR), "-cpu", processor, str(program)]
+        self.command = emulated(program, processor)
         self.tensors: list[Tensor] = []
         self.forward: FusedForward | None = None
 
@@ -116,18 +80,11 @@ class Emulated:
         return 0
 
 
-@pytest.fixture(scope="module", params=[NEON, DOTPROD, I8MM], ids=lambda level: level.name)
+@pytest.fixture(scope="module", params=PROCESSORS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """emulated.cpp for one level."""
-    level: Level = request.param
-    path = tmp_path_factory.mktemp("arm") / level.name
-    left_out = ("-shared", "-Wno-pass-failed")
-    flags = [flag for flag in compilers.FLAGS if flag not in left_out]
     source = Path(__file__).with_name("emulated.cpp")
-    define = f'-DCASTALIA_LEVEL="{level.name}"'
-    command = [str(COMPILER), *flags, *level.flags, define, "-static", str(source)]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    return path
+    return build_program(source, request.param, tmp_path_factory.mktemp("arm"))
 
 
 def logits(numbers: str, native: object) -> Tensor:
@@ -165,11 +122,9 @@ def test_a_level_needs_its_instructions(program: Path) -> None:
 
 
 def test_a_processor_gets_the_best_level_that_it_runs(program: Path) -> None:
-    command = [str(EMULATOR), "-cpu", PROCESSORS[program.name], str(program), str(AUXV)]
+    command = [*emulated(program, PROCESSORS[program.name]), str(AUXV)]
     content = subprocess.run(command, capture_output=True, check=True).stdout
-    best = [
-        level for level in (NEON, DOTPROD, I8MM) if level.needs <= instructions_of_auxv(content)
-    ]
+    best = [level for level in LEVELS.values() if level.needs <= instructions_of_auxv(content)]
     assert best[-1].name == program.name
 
 
