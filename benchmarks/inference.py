@@ -11,8 +11,9 @@ Compares the native engine with transformers, CTranslate2, llama.cpp and OpenVIN
 random and the same for all. Every engine has a process of its own, and all engines take their turn
 in each round. Decoding: prompts of 32 random tokens, 128 new tokens, greedy, without an end of
 document. Memory is the peak resident size minus that after the imports. The share of the memory
-limit is the bytes of weights that a token reads times the steps a second, over the bandwidth
-measured in the same round by as many readings of that working set. First tokens are timed for
+limit is the bytes of weights that a token reads times the steps a second, over the rate at which
+castalia.machine measures that memory is read, anew in every round and from a buffer that no cache
+holds; weights of which a part stays in the last cache can exceed it. First tokens are timed for
 prompts of 128, 512 and 2,000 tokens and a mixed batch of eight. `native auto` is what dtype=auto
 takes. CTranslate2 and llama.cpp use the number of threads that suits them best. Goals are ratios of
 medians, printed at the end.
@@ -32,7 +33,9 @@ import inference_gpu
 import torch
 from inference_levels import MIXED, PREFILL, describe_kernels, level_goals
 from levels import LEVELS, enter
-from machine import describe, in_turn, ratio, seconds, summary
+from machine import describe, in_turn, ratio, summary
+
+from castalia.machine.measuring import memory_rate
 
 
 class Shape(NamedTuple):
@@ -249,17 +252,6 @@ def token_bytes(family: str, size: str, engine: str) -> float:
     return (shape.layers * block + rows * width) * BITS[numbers] / 8
 
 
-def bandwidth(size: float, readings: int) -> float:
-    """Bytes a second that all threads together read from a buffer of this size, time after time.
-
-    The mean, because a neighbour on the memory slows down the tokens of a text and readings alike:
-    over the fastest of a few readings the share would tell more of the neighbours than of the step.
-    """
-    data = torch.ones(max(1, int(size / 4)))
-    data.sum()
-    return readings * data.nbytes / seconds(lambda: [data.sum() for _ in range(readings)])
-
-
 def prompts_of(batch: int, tokens: int, family: str, size: str) -> list[list[int]]:
     """Random prompts."""
     high = min(50000, SHAPES[family][size].tokens)
@@ -280,14 +272,14 @@ def measure_decoding(
         works[name] = lambda worker=worker: worker.ask(prompts=prompts, new=options.new)["seconds"]
         works[f"{name} first"] = lambda worker=worker: worker.ask(prompts=prompts, new=1)["seconds"]
         read = token_bytes(family, size, name)
-        works[f"{name} bandwidth"] = lambda read=read: bandwidth(read, options.new)
+        works[f"{name} memory"] = lambda read=read: read / memory_rate()
     times = in_turn(works, options.rounds)
     out = {}
     for name in workers:
         whole = times[name]
         first = times[f"{name} first"]
         steps = [(a - b) / (options.new - 1) for a, b in zip(whole, first, strict=True)]
-        limit = [token_bytes(family, size, name) / rate for rate in times[f"{name} bandwidth"]]
+        limit = times[f"{name} memory"]
         out[name] = {
             "tokens_per_second": summary(batch * options.new / t for t in whole),
             "first_token_seconds": summary(first),
