@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from castalia.core.compilers import zig_of_pip
+from castalia.core.files import cache_folder
 from castalia.machine import Machine, this_machine
 
 LEVELS: dict[str, dict[str, str]] = {
@@ -41,6 +42,9 @@ ENTERED = "CASTALIA_BENCHMARK_LEVEL"
 
 def enter(level: str) -> None:
     """Go on at a level: in this process if it has the variables, else in its own place anew."""
+    # torch.compile finds stored code by the graph alone: that of another level would write beyond
+    # its buffers, or compute half of them.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / f"benchmark-{level}")
     if os.environ.get(ENTERED) == level:
         return
     values = LEVELS[level]

@@ -121,7 +121,16 @@ def test_torch_compiles_into_a_private_folder(tmp_path, monkeypatch):
     monkeypatch.delenv(name)
     keep_compiled_code_private()
     ours = tmp_path / "home" / "castalia" / "torch-compile"
-    assert os.environ[name] == str(ours) and ours.stat().st_mode & 0o777 == 0o700
+    assert Path(os.environ[name]).parent == ours and ours.stat().st_mode & 0o777 == 0o700
+    # Code for other instructions is found by the same graph.
+    usual = os.environ.pop(name)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    keep_compiled_code_private()
+    assert Path(os.environ[name]).parent == ours and os.environ[name] != usual
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
+    monkeypatch.delenv(name)
+    keep_compiled_code_private()
+    assert os.environ[name] == usual
     # Others could rename the folder and put their own in its place.
     monkeypatch.delenv(name)
     (tmp_path / "home").chmod(0o777)

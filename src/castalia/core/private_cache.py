@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from castalia.core.files import cache_folder
+from castalia.core.levels import instructions
 
 NAME = re.compile(r"(?P<key>[0-9a-f]+)-(?P<sha256>[0-9a-f]{64})")
 ABANDONED_SECONDS = 3600
@@ -155,7 +156,9 @@ def keep_compiled_code_private() -> None:
     other. Call it before compiling.
 
     torch's own choice is a fixed name in /tmp, which another user of the machine can make first;
-    code in it runs.
+    code in it runs. Each set of instructions has a folder of its own: torch 2.13 finds stored code
+    by the graph without them, and loops that step by 8 numbers then store 16 at a time, beyond the
+    end of a buffer. So it would be on nodes with one home, or with another ATEN_CPU_CAPABILITY.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") or not hasattr(os, "geteuid"):
         return
@@ -172,7 +175,13 @@ def keep_compiled_code_private() -> None:
         # Another one in every process, each of which then compiles.
         folder = Path(tempfile.mkdtemp(prefix="castalia-compile-"))
     # Read by the processes that torch compiles in, too.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / instructions_key())
+
+
+def instructions_key() -> str:
+    """A name for what torch.compile's code on this processor may use."""
+    words = [*sorted(instructions()), os.environ.get("ATEN_CPU_CAPABILITY", "")]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def above(folder: Path) -> Iterator[Path]:
