@@ -85,7 +85,9 @@ def test_the_card_says_what_quantization_changes(
     losses = -speaker.logprobs(known_text)
     assert found["perplexity_fp32"] == pytest.approx(losses.mean().exp().item(), rel=0.02)
     assert found["perplexity"] == pytest.approx(found["perplexity_fp32"], rel=0.1)
-    assert 0 < found["kl"] < (0.1 if "4" in numbers else 0.01) and found["greedy_agreement"] > 0.9
+    # Before VNNI, sums of two products of bytes overflow 16 bits in CTranslate2.
+    bound = 0.1 if "4" in numbers else 0.05 if to == "ct2" else 0.01
+    assert 0 < found["kl"] < bound and found["greedy_agreement"] > 0.9
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert (
         f"{found['greedy_agreement']:.2%}" in card

@@ -110,6 +110,29 @@ def test_a_long_prompt_is_read_in_passes(kernels: str) -> None:
     assert (got[0] - want[-1]).abs().max() < 1e-4 and (got[1] - want[299]).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("threads", (1, 2, 3))
+def test_the_step_names_the_first_of_the_largest_logits_and_no_padding(threads: int) -> None:
+    model = random_model(SHAPES["pythia"])
+    with torch.no_grad():
+        head = model.head_weight
+        # Many tokens with equal logits, and padding whose logits are the largest of all.
+        head[:257] = head[:7].repeat(37, 1)[:257]
+        head[257:264] = 50 * head[:7]
+    slots = native(model, "fp32").slots(20, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 9, 20):
+            prompts = [[11 * count + row, *range(row % 3)] for row in range(count)]
+            logits = slots.feed(range(count), prompts)
+            assert (logits.argmax(1) >= 257).all()
+            assert slots.best == logits[:, :257].numpy().argmax(1).tolist()
+            assert max(slots.best) < 7
+    finally:
+        torch.set_num_threads(before)
+
+
 def engines(speaker: LanguageModel) -> list[Engine]:
     """Every engine in float32 that needs nothing installed."""
     made: list[Engine] = [speaker.engine, native(speaker.model, "fp32", "torch")]

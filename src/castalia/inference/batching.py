@@ -42,8 +42,12 @@ class Admission:
     error: Exception | None = None
     """What ended the text, if its steering failed: a form may turn out too large on the way."""
 
+    takes_best: bool = field(init=False)
+    """Whether the token is always that of the largest logit."""
+
     def __post_init__(self) -> None:
         self.steering = steering_of(self.sampling, self.text)
+        self.takes_best = self.steering is None and self.sampling.temperature == 0
 
 
 @dataclass
@@ -265,7 +269,9 @@ class Batcher:
             self.advance(search, rows)
         if not texts:
             return {}
-        return dict(zip(slots[:texts], self.draw(slots[:texts], logits[:texts]), strict=True))
+        best = None if self.slots.best is None else self.slots.best[:texts]
+        pieces = self.draw(slots[:texts], logits[:texts], best)
+        return dict(zip(slots[:texts], pieces, strict=True))
 
     def advance(self, search: BeamSearch, logits: torch.Tensor) -> None:
         """Continue a search with logits (beams, V); one that is done leaves its slots."""
@@ -287,13 +293,20 @@ class Batcher:
         self.searches.remove(search)
         self.taken.difference_update(search.slots)
 
-    def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
-        """Draw a token for each slot out of logits (len(slots), V), and give it to its text."""
+    def draw(
+        self, slots: Sequence[int], logits: torch.Tensor, best: list[int] | None = None
+    ) -> list[str]:
+        """Draw a token for each slot out of logits (len(slots), V), and give it to its text.
+
+        Takes   best: the tokens of the largest logits, if they are known.
+        """
         running = [self.running[slot] for slot in slots]
-        tokens = draw_tokens(steered(logits[:, : self.engine.config.vocab_size], running), running)
+        if best is None or not all(one.takes_best for one in running):
+            real = logits[:, : self.engine.config.vocab_size]
+            best = draw_tokens(steered(real, running), running)
         pieces = []
         # `watch` gets the padding too: its softmax runs over all columns, as in training.
-        for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
+        for row, (slot, one, token) in enumerate(zip(slots, running, best, strict=True)):
             if one.error is not None:
                 pieces.append(one.text.finish("length"))
                 self.evict(slot)

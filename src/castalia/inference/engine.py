@@ -41,6 +41,9 @@ class Slots(ABC):
     """
     scores_prompts: bool = False
     """Whether `feed_from` reads many tokens in few passes, as `feed` does."""
+    best: list[int] | None = None
+    """The tokens of the largest logits that the last `feed` returned, without padding, the first
+    among equals; None where the engine did not look for them."""
 
     def __init__(self, count: int, length: int) -> None:
         self.count = count

@@ -6,6 +6,7 @@ compute on packed weights; see castalia.native.decoder.
 """
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -71,7 +72,11 @@ class NativeSlots(Slots):
             self.lengths[slot] += len(ids)
         # Decoding steps and short prompts: one pass, and its logits need no copy.
         if len(placed) <= ROWS_AT_ONCE:
-            return self.run(placed, ends)
+            best = array("q", ends)
+            logits = self.run(placed, ends, best)
+            self.best = best.tolist()
+            return logits
+        self.best = None
         parts = []
         for start in range(0, len(placed), ROWS_AT_ONCE):
             part = placed[start : start + ROWS_AT_ONCE]
@@ -133,10 +138,15 @@ class NativeSlots(Slots):
                 ids, owners, positions = columns.tolist()
                 self.forward.run(self.cache, ids, owners, positions, [])
 
-    def run(self, placed: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
+    def run(
+        self,
+        placed: list[tuple[int, int, int]],
+        pick: list[int],
+        best: "array[int] | None" = None,
+    ) -> Tensor:
         """One pass over (token, slot, position) each; logits of the tokens picked."""
         tokens, slots, positions = zip(*placed, strict=True)
-        return self.forward.run(self.cache, tokens, slots, positions, pick)
+        return self.forward.run(self.cache, tokens, slots, positions, pick, best)
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""

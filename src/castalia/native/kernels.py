@@ -7,6 +7,7 @@ deprecated. `activations` says how a kernel rounds its input.
 """
 
 import ctypes
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from castalia.core.registry import Registry
 from castalia.machine.onednn import has_onednn, onednn_product
 from castalia.models.quantizing import GROUP
 from castalia.native import compiled
-from castalia.native.packing import FLOATS, Packed, dense, quantized_rows
+from castalia.native.packing import FLOATS, PANEL, Packed, dense, pack, quantized_rows
 
 
 class Kernel(ABC):
@@ -29,7 +30,7 @@ class Kernel(ABC):
     """Storages of packing.py that it reads."""
     activations: ClassVar[str]
     """fp32: unchanged; bf16, fp16: rounded; int8: 255 steps for each row; int8 tensor: 255 steps
-    for all rows together."""
+    for all rows together, or `onednn_steps()`."""
     unit: ClassVar[int] = 1
     """The inputs of a layer must be a multiple of this."""
 
@@ -172,6 +173,28 @@ class Int8Dynamic(Kernel):
         return y if self.bias is None else y.add_(self.bias)
 
 
+def product_of_bytes(q: Tensor, step: float, zero: int, layer: "Int8OneDnn") -> Tensor:
+    """Activations q (M, K) uint8, of which (q - zero) * step is meant, times a layer: (M, N)."""
+    after: tuple[Any, ...] = (layer.bias, 1.0, 0, torch.float32, "none", [], "")
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        q, step, zero, layer.weight, layer.scale, layer.zero, *after
+    )
+    return y
+
+
+@functools.cache
+def onednn_steps() -> int:
+    """The most that oneDNN sums without an error of its own: 255, and 127 before VNNI.
+
+    There two products of bytes are summed in 16 bits, which 255 * 127 overflows and 127 * 127 does
+    not. torch quantizes activations for such processors in the same range.
+    """
+    inputs = 64
+    layer = Int8OneDnn(pack(torch.ones(PANEL, inputs), None, "int8"))
+    y = product_of_bytes(torch.full((1, inputs), 255, dtype=torch.uint8), 1.0, 0, layer)
+    return 255 if (y - 255 * inputs).abs().max() < 1 else 127
+
+
 @KERNELS.register("int8_onednn")
 class Int8OneDnn(Kernel):
     """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows."""
@@ -188,14 +211,11 @@ class Int8OneDnn(Kernel):
         # Signed activations would select oneDNN's reference kernel, hundreds of times slower.
         low = min(x.min().item(), 0.0)
         high = max(x.max().item(), 0.0)
-        step = (high - low) / 255 or 1.0
+        steps = onednn_steps()
+        step = (high - low) / steps or 1.0
         zero = round(-low / step)
-        q = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
-        after: tuple[Any, ...] = (self.bias, 1.0, 0, torch.float32, "none", [], "")
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            q, step, zero, self.weight, self.scale, self.zero, *after
-        )
-        return y
+        q = (x / step + zero).round_().clamp_(0, steps).to(torch.uint8)
+        return product_of_bytes(q, step, zero, self)
 
 
 @KERNELS.register("int8_weight_only")

@@ -68,6 +68,8 @@ class CBatch(ctypes.Structure):
         ("wanted", Long),
         ("pick", Pointer),
         ("logits", Pointer),
+        ("best", Pointer),
+        ("tokens", Long),
     ]
 
 
