@@ -2,13 +2,13 @@
 
     python benchmarks/tables.py
 
-Prints Markdown: one table of training, one of decoding, first tokens and scoring. A level whose
-file is absent has no rows or columns.
+Prints Markdown: of training, of decoding, first tokens and scoring by levels of instructions, and
+the same of other machines, each as it is. A level or machine whose file is absent has no rows.
 """
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from levels import LEVELS, results_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("transformers", "litgpt", "torchtitan's loss")
+MACHINES = ("zen3",)
+"""Whose files `--json` and `--output` named."""
+NAMES = {"ct2": "CTranslate2", "openvino": "OpenVINO", "Q4_0": "Q4", "Q8_0": "Q8"}
+"""Words of engines' names as the tables have them."""
 
 
-def records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Level and contents of each file of a benchmark."""
-    for level in LEVELS:
+def records(name: str, levels: Iterable[str] = LEVELS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Level, or machine, and contents of each file of a benchmark."""
+    for level in levels:
         path = results_file(RESULTS, name, level)
         if path.is_file():
             yield level, json.loads(path.read_text())
@@ -77,7 +81,8 @@ def best_and_auto(rows: dict[str, Any]) -> tuple[str, str]:
         else:
             value = 1000 * statistics.median(row["rounds"])
         numbers.append(f"{value:,.0f}")
-    return f"{numbers[0]} ({peer})", numbers[1]
+    words = " ".join(NAMES.get(word, word) for word in peer.split())
+    return f"{numbers[0]} ({words})", numbers[1]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -86,12 +91,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
-    """Print both tables."""
-    rows = [row for level, record in records("training") for row in training_rows(level, record)]
+def print_tables(levels: Iterable[str]) -> None:
+    """Both tables of some levels or machines."""
+    found = records("training", levels)
+    rows = [row for level, record in found for row in training_rows(level, record)]
     head = ["level: shape, rows × tokens, dtype", "tokens/s", *(f"/ {peer}" for peer in PEERS)]
     print(table([*head, "attention, of the matrix rate", "peak memory, ours and theirs"], rows))
-    columns = {level: inference_columns(record) for level, record in records("inference")}
+    columns = {level: inference_columns(record) for level, record in records("inference", levels)}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     head = ["row", *(f"{level}: {word}" for level in columns for word in ("best peer", "auto"))]
     body = [
@@ -100,6 +106,14 @@ def main() -> None:
     ]
     print()
     print(table(head, body))
+
+
+def main() -> None:
+    """Print all tables."""
+    print_tables(LEVELS)
+    for machine in MACHINES:
+        print()
+        print_tables((machine,))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from castalia.export import export, parity
 from castalia.inference import LanguageModel
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
+from castalia.machine.onednn import byte_steps
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
@@ -85,8 +86,10 @@ def test_the_card_says_what_quantization_changes(
     losses = -speaker.logprobs(known_text)
     assert found["perplexity_fp32"] == pytest.approx(losses.mean().exp().item(), rel=0.02)
     assert found["perplexity"] == pytest.approx(found["perplexity_fp32"], rel=0.1)
-    # Before VNNI, sums of two products of bytes overflow 16 bits in CTranslate2.
-    bound = 0.1 if "4" in numbers else 0.05 if to == "ct2" else 0.01
+    bound = 0.1 if "4" in numbers else 0.01
+    if to == "ct2" and byte_steps() < 255:
+        # Its sums overflow as oneDNN's would.
+        bound = 0.05
     assert 0 < found["kl"] < bound and found["greedy_agreement"] > 0.9
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert (

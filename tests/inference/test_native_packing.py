@@ -13,13 +13,14 @@ from castalia.core.levels import LEVELS, V3, Level, architecture, levels_here
 from castalia.data.compiled_order import order_library
 from castalia.distributed import initialize
 from castalia.inference.torch_engine import TorchEngine
+from castalia.machine.onednn import byte_steps
 from castalia.models import Decoder
 from castalia.models.families.llama import LlamaConfig
 from castalia.models.init import start_weights
 from castalia.models.quantizing import GROUP
 from castalia.native import compiled
 from castalia.native.fused import FusedForward
-from castalia.native.kernels import KERNELS, candidates, make, onednn_steps, steps_of
+from castalia.native.kernels import KERNELS, candidates, make, steps_of
 from castalia.native.packing import (
     STORAGES,
     dense,
@@ -88,7 +89,7 @@ def test_every_kernel_is_the_same_product(
         error = (make(name, packed)(x) - want).abs().max() / want.abs().max()
         bound = ROUNDING[KERNELS[name].activations]
         if name == "int8_onednn":
-            bound *= 255 / onednn_steps()
+            bound *= 255 / byte_steps()
         assert error < bound, name
 
 

@@ -9,6 +9,7 @@ import torch
 from castalia.core.errors import ConfigError
 from castalia.machine import instructions, measuring, table, this_machine
 from castalia.machine.measuring import Load
+from castalia.machine.onednn import byte_steps
 
 MEASURED = {
     "memory_rate": 2e10,
@@ -263,7 +264,14 @@ def test_the_products_are_right():
     """All libraries and dtypes multiply the same matrices, up to rounding; nothing else moves."""
     before = torch.random.get_rng_state()
     calls = measuring.calls_of()
-    found = {cell: call().float() for cell, call in calls.items() if cell[2] == 8}
+    found = {}
+    for cell, call in calls.items():
+        if cell[2] == 8:
+            try:
+                found[cell] = call().float()
+            except RuntimeError:
+                # Its products of bf16 need AVX-512.
+                assert cell[:2] == ("bf16", "onednn")
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         rates = measuring.product_rates(seconds=0.0)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -271,7 +279,8 @@ def test_the_products_are_right():
     for (dtype, library, _), y in found.items():
         assert len(y) == 8
         error = (y - exact).norm() / exact.norm()
-        assert error < {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02}[dtype], (dtype, library)
+        bound = {"fp32": 1e-5, "bf16": 0.01, "int8": 0.02 * 255 / byte_steps()}[dtype]
+        assert error < bound, (dtype, library)
     # Those of the backward pass are products of other matrices, alike in both libraries.
     for name, shape in (("fp32 dx", (32, 512)), ("fp32 dW", (512, 1024))):
         both = [call() for cell, call in calls.items() if cell[0] == name and cell[2] == 32]

@@ -20,6 +20,7 @@ from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.formats.saved_model import open_model
 from castalia.inference import load
 from castalia.inference.ct2_engine import Ct2Engine
+from castalia.machine.onednn import byte_steps
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.runs.config import RunConfig
@@ -110,7 +111,11 @@ def test_other_storage_loads_and_speaks(run: Path, tmp_path: Path, quantization:
     ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     want = ours.logprobs(ids)
     # Random weights and flat logits: the mean error says that the tensors are the right ones.
-    assert (model.logprobs(ids) - want).abs().mean() < 0.05 * want.std()
+    bound = 0.05
+    if quantization.startswith("int8") and byte_steps() < 255:
+        # Sums of bytes overflow 16 bits in CTranslate2, as they would in oneDNN.
+        bound = 0.3
+    assert (model.logprobs(ids) - want).abs().mean() < bound * want.std()
 
 
 def test_int8_is_a_quarter_of_float32(tmp_path: Path) -> None:

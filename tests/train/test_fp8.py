@@ -135,6 +135,7 @@ def test_the_loss_is_within_a_percent_of_bf16_after_200_steps(words, tmp_path):
                 "model.hidden_size=64",
                 "data.seq_length=32",
                 "train.batch_size=8",
+                "model.vocab_size=256",
                 "train.steps=200",
                 f"precision={name}",
             ]

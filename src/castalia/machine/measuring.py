@@ -19,13 +19,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castalia.machine.onednn import has_onednn, input_gradient, onednn_product, weight_gradient
+from castalia.machine.onednn import (
+    byte_layer,
+    byte_product,
+    has_onednn,
+    input_gradient,
+    onednn_product,
+    weight_gradient,
+)
 
 ROWS = (1, 8, 32, 128, 512)
 """One text that is decoded, a batch of them, a short prompt, a part of a long one, a batch."""
@@ -230,21 +236,5 @@ def integers(weight: Tensor) -> Iterator[Product]:
     yield "int8", "torch", by_torch
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return
-    packed = itertools.cycle(
-        [torch.ops.onednn.qlinear_prepack(q, None) for _ in range(MATRICES)]  # a copy each
-    )
-    zeros = torch.zeros(OUTPUTS, dtype=torch.int64, device="cpu")
-    after: tuple[Any, ...] = (None, 1.0, 0, torch.float32, "none", [], "")
-
-    def by_onednn(x: Tensor) -> Tensor:
-        low = min(x.min().item(), 0.0)
-        step = (max(x.max().item(), 0.0) - low) / 255
-        zero = round(-low / step)
-        # Unsigned: signed activations would select oneDNN's reference kernel.
-        rounded = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded, step, zero, next(packed), scale, zeros, *after
-        )
-        return y
-
-    yield "int8", "onednn", by_onednn
+    layers = itertools.cycle([byte_layer(q, scale, None) for _ in range(MATRICES)])  # a copy each
+    yield "int8", "onednn", lambda x: byte_product(x, next(layers))

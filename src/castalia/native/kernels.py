@@ -7,9 +7,8 @@ deprecated. `activations` says how a kernel rounds its input.
 """
 
 import ctypes
-import functools
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.machine.onednn import has_onednn, onednn_product
+from castalia.machine.onednn import byte_layer, byte_product, has_onednn, onednn_product
 from castalia.models.quantizing import GROUP
 from castalia.native import compiled
-from castalia.native.packing import FLOATS, PANEL, Packed, dense, pack, quantized_rows
+from castalia.native.packing import FLOATS, Packed, dense, quantized_rows
 
 
 class Kernel(ABC):
@@ -30,7 +29,7 @@ class Kernel(ABC):
     """Storages of packing.py that it reads."""
     activations: ClassVar[str]
     """fp32: unchanged; bf16, fp16: rounded; int8: 255 steps for each row; int8 tensor: 255 steps
-    for all rows together, or `onednn_steps()`."""
+    for all rows together, or 127, see machine/onednn.py."""
     unit: ClassVar[int] = 1
     """The inputs of a layer must be a multiple of this."""
 
@@ -173,28 +172,6 @@ class Int8Dynamic(Kernel):
         return y if self.bias is None else y.add_(self.bias)
 
 
-def product_of_bytes(q: Tensor, step: float, zero: int, layer: "Int8OneDnn") -> Tensor:
-    """Activations q (M, K) uint8, of which (q - zero) * step is meant, times a layer: (M, N)."""
-    after: tuple[Any, ...] = (layer.bias, 1.0, 0, torch.float32, "none", [], "")
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        q, step, zero, layer.weight, layer.scale, layer.zero, *after
-    )
-    return y
-
-
-@functools.cache
-def onednn_steps() -> int:
-    """The most that oneDNN sums without an error of its own: 255, and 127 before VNNI.
-
-    There two products of bytes are summed in 16 bits, which 255 * 127 overflows and 127 * 127 does
-    not. torch quantizes activations for such processors in the same range.
-    """
-    inputs = 64
-    layer = Int8OneDnn(pack(torch.ones(PANEL, inputs), None, "int8"))
-    y = product_of_bytes(torch.full((1, inputs), 255, dtype=torch.uint8), 1.0, 0, layer)
-    return 255 if (y - 255 * inputs).abs().max() < 1 else 127
-
-
 @KERNELS.register("int8_onednn")
 class Int8OneDnn(Kernel):
     """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows."""
@@ -203,19 +180,10 @@ class Int8OneDnn(Kernel):
     activations = "int8 tensor"
 
     def __init__(self, packed: Packed) -> None:
-        q, self.scale, self.bias = trimmed(packed)
-        self.weight: Any = torch.ops.onednn.qlinear_prepack(q, None)
-        self.zero = torch.zeros(packed.channels, dtype=torch.int64)
+        self.layer = byte_layer(*trimmed(packed))
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Signed activations would select oneDNN's reference kernel, hundreds of times slower.
-        low = min(x.min().item(), 0.0)
-        high = max(x.max().item(), 0.0)
-        steps = onednn_steps()
-        step = (high - low) / steps or 1.0
-        zero = round(-low / step)
-        q = (x / step + zero).round_().clamp_(0, steps).to(torch.uint8)
-        return product_of_bytes(q, step, zero, self)
+        return byte_product(x, self.layer)
 
 
 @KERNELS.register("int8_weight_only")
