@@ -1,7 +1,9 @@
 """Token files in a bucket, of which only the ranges that rows need are read."""
 
 import json
+import os
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -143,9 +145,18 @@ def test_the_cache_is_bounded_and_mends_itself(remote, local, tmp_path, link):
     twins.use_cache(None, None)
     assert Path(dataset.prefix).is_relative_to(folder)
     content = Path(f"{local}.bin").read_bytes()
+    # What another process is writing is left alone, but not what one left when it was killed.
+    places = Path(dataset.prefix + ".blocks") / "0000"
+    places.mkdir(parents=True, exist_ok=True)
+    written, left = places / ".00000009.a.tmp", places / ".00000008.b.tmp"
+    for path, age in ((written, 60), (left, 7200)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
     step = 3 * BLOCK_BYTES
     for start in range(0, len(content), step):
         assert dataset.buffer[start : start + step] == content[start : start + step]
+    assert written.exists() and not left.exists()
+    written.unlink()
     blocks = list(Path(dataset.prefix + ".blocks").glob("*/*"))
     assert 0 < sum(path.stat().st_size for path in blocks) < 2.5 * (1 << 20)
     # What a power cut or a bad disk left is fetched again.

@@ -39,6 +39,8 @@ AHEAD_BYTES = 1 << 20
 CHECK_SECONDS = 30.0
 """Time after which size and tag of the object are compared again before more of it is fetched."""
 CRC_BYTES = 4
+ABANDONED_SECONDS = 3600.0
+"""A block that is still being written after so long never will be."""
 SWEPT_SHARE = 8
 """The folder is measured after each so many parts of its limit that were written."""
 KEPT_SHARE = 0.9
@@ -241,10 +243,13 @@ class RangedFile:
                 return
             self.written = 0
         kept = []
+        # Another thread or process may be writing, unless it was killed long ago.
+        begun = time.time() - ABANDONED_SECONDS
         for path in self.folder.glob("*/*"):
             with suppress(FileNotFoundError):  # another process makes room, too
                 at = path.stat()
-                kept.append((at.st_mtime, at.st_size, path))
+                if not path.name.startswith(".") or at.st_mtime < begun:
+                    kept.append((at.st_mtime, at.st_size, path))
         total = sum(size for _, size, _ in kept)
         if total <= self.limit:
             return
