@@ -21,7 +21,7 @@ torchmetrics jsonargparse typeshed-client docstring-parser torchtitan spmd_types
 is the peak resident size of a process, libraries included. `--allocator` adds transformers compiled
 under Castalia's allocator settings, which shows how much of the ratio these alone give.
 
-A dtype whose products have less than a tenth of the other's rate on the machine has no rows. At a
+A dtype whose products have less than a fifth of the other's rate on the machine has no rows. At a
 level without a compiler all engines are eager, because torch.compile needs one on a CPU; elsewhere
 eager engines, which are slower than compiled ones, run where `--engines` names them.
 
@@ -73,7 +73,7 @@ ENGINES = {
 }
 """Name -> library, whether compiled, whether freed memory stays with the process."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HOPELESS = 0.1
+HOPELESS = 0.2
 """A dtype whose products have less than this share of the other's rate is not run."""
 GOAL = 1.3
 """Times the speed of transformers compiled, in the dtype that is faster on the machine."""
