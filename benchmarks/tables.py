@@ -18,9 +18,9 @@ from levels import LEVELS, results_file
 RESULTS = Path(__file__).resolve().parent / "results"
 PEERS = ("transformers", "litgpt", "torchtitan's loss")
 MACHINES = ("zen3",)
-"""Whose files `--json` and `--output` named."""
+"""Endings of files that `--json` and `--output` named."""
 NAMES = {"ct2": "CTranslate2", "openvino": "OpenVINO", "Q4_0": "Q4", "Q8_0": "Q8"}
-"""Words of engines' names as the tables have them."""
+"""Names of engines as they are printed."""
 
 
 def records(name: str, levels: Iterable[str] = LEVELS) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,8 +93,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def print_tables(levels: Iterable[str]) -> None:
     """Both tables of some levels or machines."""
-    found = records("training", levels)
-    rows = [row for level, record in found for row in training_rows(level, record)]
+    training = records("training", levels)
+    rows = [row for level, record in training for row in training_rows(level, record)]
     head = ["level: shape, rows × tokens, dtype", "tokens/s", *(f"/ {peer}" for peer in PEERS)]
     print(table([*head, "attention, of the matrix rate", "peak memory, ours and theirs"], rows))
     columns = {level: inference_columns(record) for level, record in records("inference", levels)}

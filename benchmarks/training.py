@@ -21,7 +21,7 @@ torchmetrics jsonargparse typeshed-client docstring-parser torchtitan spmd_types
 is the peak resident size of a process, libraries included. `--allocator` adds transformers compiled
 under Castalia's allocator settings, which shows how much of the ratio these alone give.
 
-A dtype whose products have less than a fifth of the other's rate on the machine has no rows. At a
+bf16 has no rows where its products have less than a fifth of the rate of fp32. At a
 level without a compiler all engines are eager, because torch.compile needs one on a CPU; elsewhere
 eager engines, which are slower than compiled ones, run where `--engines` names them.
 
@@ -73,7 +73,7 @@ ENGINES = {
 }
 """Name -> library, whether compiled, whether freed memory stays with the process."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HOPELESS = 0.2
+HOPELESS = {"bf16": 0.2, "fp32": 0.1}
 """A dtype whose products have less than this share of the other's rate is not run."""
 GOAL = 1.3
 """Times the speed of transformers compiled, in the dtype that is faster on the machine."""
@@ -207,7 +207,7 @@ def best_rate(dtype: str, device: str) -> float:
         return matrix_rate(DTYPES[dtype], device)
     known = this_machine().rate(dtype, 512)
     # A square product may take minutes where a dtype has no instructions.
-    slow = known < HOPELESS * this_machine().rate("fp32", 512)
+    slow = known < HOPELESS[dtype] * this_machine().rate("fp32", 512)
     return known if slow else max(known, matrix_rate(DTYPES[dtype], device))
 
 
@@ -222,7 +222,7 @@ def cases(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[Case
     fastest = max(rates, key=lambda name: rates[name])
     order = sorted(rates, key=lambda name: -rates[name])
     for dtype in order:
-        if rates[dtype] < HOPELESS * rates[fastest]:
+        if rates[dtype] < HOPELESS[dtype] * rates[fastest]:
             factor = rates[fastest] / rates[dtype]
             print(f"{dtype} is left out: its products take {factor:.0f} times as long here")
             continue

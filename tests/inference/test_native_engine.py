@@ -13,6 +13,7 @@ from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.native import compiled
+from castalia.native.compiled import KINDS
 from castalia.native.packing import STORAGES
 from castalia.native.weights import packed_weights
 
@@ -111,15 +112,20 @@ def test_a_long_prompt_is_read_in_passes(kernels: str) -> None:
 
 
 @pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("threads", (1, 2, 3))
-def test_the_step_names_the_first_of_the_largest_logits_and_no_padding(threads: int) -> None:
-    model = random_model(SHAPES["pythia"])
+@pytest.mark.parametrize("threads", (1, 2, 3, 5, 7))
+@pytest.mark.parametrize("storage", KINDS)
+def test_the_step_names_the_first_of_the_largest_logits_and_no_padding(
+    storage: str, threads: int
+) -> None:
+    # The head has 17 panels, which no number of threads and streams divides.
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    model = random_model(NeoxConfig(**sizes, vocab_size=257, make_vocab_size_divisible_by=8))
     with torch.no_grad():
         head = model.head_weight
         # Many tokens with equal logits, and padding whose logits are the largest of all.
         head[:257] = head[:7].repeat(37, 1)[:257]
-        head[257:264] = 50 * head[:7]
-    slots = native(model, "fp32").slots(20, 64)
+        head[257:] = 50 * head[:7]
+    slots = native(model, storage).slots(20, 64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -239,7 +239,7 @@ def test_quantized_models_speak(tmp_path: Path) -> None:
         if engine_of_export(to).is_installed():
             got = exported(run, tmp_path / numbers, to, numbers).logits(ids)
             # CTranslate2's sums of bytes overflow before VNNI, as oneDNN's would.
-            bound = 0.5 if numbers == "int8" and byte_steps() < 255 else 0.15
+            bound = 0.4 if numbers == "int8" and byte_steps() < 255 else 0.15
             assert (got - want).abs().mean() < bound * want.std()
 
 

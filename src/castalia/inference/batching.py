@@ -41,7 +41,6 @@ class Admission:
     steering: Steering | None = field(init=False)
     error: Exception | None = None
     """What ended the text, if its steering failed: a form may turn out too large on the way."""
-
     takes_best: bool = field(init=False)
     """Whether the token is always that of the largest logit."""
 
@@ -301,12 +300,14 @@ class Batcher:
         Takes   best: the tokens of the largest logits, if they are known.
         """
         running = [self.running[slot] for slot in slots]
-        if best is None or not all(one.takes_best for one in running):
+        if best is not None and all(one.takes_best for one in running):
+            tokens = best
+        else:
             real = logits[:, : self.engine.config.vocab_size]
-            best = draw_tokens(steered(real, running), running)
+            tokens = draw_tokens(steered(real, running), running)
         pieces = []
         # `watch` gets the padding too: its softmax runs over all columns, as in training.
-        for row, (slot, one, token) in enumerate(zip(slots, running, best, strict=True)):
+        for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
             if one.error is not None:
                 pieces.append(one.text.finish("length"))
                 self.evict(slot)

@@ -65,6 +65,7 @@ class NativeSlots(Slots):
         """See `Slots`. The next call overwrites the logits."""
         placed = []
         ends = []
+        self.best = None
         for slot, ids in zip(slots, tokens, strict=True):
             start = self.lengths[slot]
             placed += [(token, slot, start + i) for i, token in enumerate(ids)]
@@ -72,11 +73,10 @@ class NativeSlots(Slots):
             self.lengths[slot] += len(ids)
         # Decoding steps and short prompts: one pass, and its logits need no copy.
         if len(placed) <= ROWS_AT_ONCE:
-            best = array("q", ends)
+            best = array("q", ends)  # as long as the rows
             logits = self.run(placed, ends, best)
             self.best = best.tolist()
             return logits
-        self.best = None
         parts = []
         for start in range(0, len(placed), ROWS_AT_ONCE):
             part = placed[start : start + ROWS_AT_ONCE]

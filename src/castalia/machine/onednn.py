@@ -93,9 +93,12 @@ def byte_steps() -> int:
     There it sums two products of bytes in 16 bits, which 255 * 127 overflows and 127 * 127 does
     not. torch.ao quantizes activations for such processors to 7 bits as well.
     """
-    inputs = 64
-    weights = torch.full((16, inputs), 127, dtype=torch.int8, device="cpu")
-    layer = byte_layer(weights, torch.ones(16, device="cpu"), None)
-    largest = torch.full((1, inputs), 255, dtype=torch.uint8, device="cpu")
-    exact = (multiplied(largest, 1.0, 0, layer) == 255 * 127 * inputs).all()
-    return 255 if exact else 127
+    inputs = 512
+    weights = torch.full((64, inputs), 127, dtype=torch.int8, device="cpu")
+    layer = byte_layer(weights, torch.ones(64, dtype=torch.float32, device="cpu"), None)
+    # One row may have a kernel of its own.
+    for rows in (1, 32):
+        largest = torch.full((rows, inputs), 255, dtype=torch.uint8, device="cpu")
+        if (multiplied(largest, 1.0, 0, layer) != 255 * 127 * inputs).any():
+            return 127
+    return 255

@@ -174,7 +174,8 @@ class Int8Dynamic(Kernel):
 
 @KERNELS.register("int8_onednn")
 class Int8OneDnn(Kernel):
-    """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows."""
+    """onednn::qlinear_pointwise: activations in uint8, in 7 bits before VNNI, with one scale for
+    all rows."""
 
     storages = ("int8",)
     activations = "int8 tensor"

@@ -98,7 +98,7 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
 }
 
 // Rows that share a panel keep the processor busy longer than its own prefetching looks ahead. For one row, which only
-// waits for memory, more requests are slower.
+// waits for memory, such requests are slower.
 template <int M> static inline void fetch_ahead(const void *weights) {
     if (M >= 4) __builtin_prefetch((const char *)weights + AHEAD);
 }
@@ -296,96 +296,107 @@ static void put_gated(const Linear &l, V *gate, V *up, int64_t rows, int64_t num
     }
 }
 
-// One row and STREAMS panels that lie far apart. One row only waits for memory, and the processor fetches ahead by
-// itself for several streams at once: four are read at up to twice the speed of one.
-constexpr int STREAMS = PARTS * 8 > REGISTERS ? 2 : 4;
-
-INLINE void row_fp32(const Linear &l, const Input &in, const int64_t *number, V *out) {
-    V sum[STREAMS][1];
+// One row and S panels, S streams of weights. Each sum is one chain whatever S is, so that results do not depend on how
+// threads share the panels.
+template <int S> INLINE void row_fp32(const Linear &l, const Input &in, const int64_t *number, V *out) {
+    V sum[S][1];
     zero(sum);
-    const float *w[STREAMS];
-    for (int s = 0; s < STREAMS; s++) w[s] = (const float *)l.weight + number[s] * P * l.k;
+    const float *w[S];
+    for (int s = 0; s < S; s++) w[s] = (const float *)l.weight + number[s] * P * l.k;
     for (int64_t i = 0; i < l.k; i++)
-        for (int s = 0; s < STREAMS; s++) sum[s][0] += load(w[s] + i * P) * in.x[i];
-    for (int s = 0; s < STREAMS; s++) out[s] = sum[s][0];
+        for (int s = 0; s < S; s++) sum[s][0] += load(w[s] + i * P) * in.x[i];
+    for (int s = 0; s < S; s++) out[s] = sum[s][0];
 }
 
-INLINE void row_bf16(const Linear &l, const Input &in, const int64_t *number, V *out) {
-    V sum[STREAMS][1];
+template <int S> INLINE void row_bf16(const Linear &l, const Input &in, const int64_t *number, V *out) {
+    V sum[S][1];
     zero(sum);
-    const uint16_t *w[STREAMS];
-    for (int s = 0; s < STREAMS; s++) w[s] = (const uint16_t *)l.weight + number[s] * P * l.k;
+    const uint16_t *w[S];
+    for (int s = 0; s < S; s++) w[s] = (const uint16_t *)l.weight + number[s] * P * l.k;
     for (int64_t i = 0; i < l.k; i += 2)
-        for (int s = 0; s < STREAMS; s++) {
+        for (int s = 0; s < S; s++) {
             I pair = load_bytes(w[s] + i * P);
             sum[s][0] += floats_in(pair << 16) * in.x[i];
             sum[s][0] += floats_in(pair & (int32_t)0xffff0000) * in.x[i + 1];
         }
-    for (int s = 0; s < STREAMS; s++) out[s] = sum[s][0];
+    for (int s = 0; s < S; s++) out[s] = sum[s][0];
 }
 
-INLINE void row_int8(const Linear &l, const Input &in, const int64_t *number, V *out) {
-    I sum[STREAMS][1];
+template <int S> INLINE void row_int8(const Linear &l, const Input &in, const int64_t *number, V *out) {
+    I sum[S][1];
     zero(sum);
-    const int8_t *w[STREAMS];
-    for (int s = 0; s < STREAMS; s++) w[s] = (const int8_t *)l.weight + number[s] * P * l.k;
+    const int8_t *w[S];
+    for (int s = 0; s < S; s++) w[s] = (const int8_t *)l.weight + number[s] * P * l.k;
     for (int64_t i = 0; i < l.k; i += 4)
-        for (int s = 0; s < STREAMS; s++) sum[s][0] = dot(sum[s][0], factors(load_bytes(w[s] + i * P)), in.q + i);
-    for (int s = 0; s < STREAMS; s++)
+        for (int s = 0; s < S; s++) sum[s][0] = dot(sum[s][0], factors(load_bytes(w[s] + i * P)), in.q + i);
+    for (int s = 0; s < S; s++)
         out[s] = to_floats(sum[s][0] + in.sum[0]) * (load((const float *)l.scale + number[s] * P) * in.step[0]);
 }
 
-INLINE void row_int4(const Linear &l, const Input &in, const int64_t *number, V *out) {
+template <int S> INLINE void row_int4(const Linear &l, const Input &in, const int64_t *number, V *out) {
     const int32_t low = 0x0f0f0f0f;
-    V sum[STREAMS] = {};
-    const uint8_t *w[STREAMS];
-    for (int s = 0; s < STREAMS; s++) w[s] = (const uint8_t *)l.weight + number[s] * P * l.k / 2;
+    V sum[S][1];
+    zero(sum);
+    const uint8_t *w[S];
+    for (int s = 0; s < S; s++) w[s] = (const uint8_t *)l.weight + number[s] * P * l.k / 2;
     for (int64_t g = 0; g < in.groups; g++) {
-        I part[STREAMS][1];
-        for (int s = 0; s < STREAMS; s++) part[s][0] = all(in.sum[g]);
+        I part[S][1];
+        for (int s = 0; s < S; s++) part[s][0] = all(in.sum[g]);
         for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += 8)
-            for (int s = 0; s < STREAMS; s++) {
+            for (int s = 0; s < S; s++) {
                 I both = load_bytes(w[s] + i * P / 2);
                 part[s][0] = dot_small(dot_small(part[s][0], both & low, in.q + i), (both >> 4) & low, in.q + i + 4);
             }
-        for (int s = 0; s < STREAMS; s++)
-            sum[s] += to_floats(part[s][0]) * widen((const uint16_t *)l.scale + (number[s] * in.groups + g) * P);
+        for (int s = 0; s < S; s++)
+            sum[s][0] += to_floats(part[s][0]) * widen((const uint16_t *)l.scale + (number[s] * in.groups + g) * P);
     }
-    for (int s = 0; s < STREAMS; s++) out[s] = sum[s] * in.step[0];
+    for (int s = 0; s < S; s++) out[s] = sum[s][0] * in.step[0];
 }
 
-static void row_of(const Linear &l, const Input &in, const int64_t *number, V *out) {
-    if (l.kind == FP32) row_fp32(l, in, number, out);
-    if (l.kind == BF16) row_bf16(l, in, number, out);
-    if (l.kind == INT8) row_int8(l, in, number, out);
-    if (l.kind == INT4) row_int4(l, in, number, out);
+template <int S> static void row_of(const Linear &l, const Input &in, const int64_t *number, V *out) {
+    if (l.kind == FP32) row_fp32<S>(l, in, number, out);
+    if (l.kind == BF16) row_bf16<S>(l, in, number, out);
+    if (l.kind == INT8) row_int8<S>(l, in, number, out);
+    if (l.kind == INT4) row_int4<S>(l, in, number, out);
 }
 
-// linear() of one row; a thread's panels are as many parts as there are streams. Returns the first panel that is left.
-static int64_t multiply_row(const Linear &l, const Input &in, float *y, int64_t width, int after, Range mine) {
+// One row only waits for memory, and a processor fetches ahead by itself for several streams at once: on a Zen 3 four
+// bring 1.3 times as much as one. Their sums take at most half of the registers.
+constexpr int STREAMS = 4 * PARTS > REGISTERS / 2 ? 2 : 4;
+
+// linear() of one row; a thread's panels are as many parts as there are streams.
+static void multiply_row(const Linear &l, const Input &in, float *y, int64_t width, int after, Range mine) {
     const int64_t part = (mine.end - mine.begin) / STREAMS;
+    int64_t number[STREAMS];
+    V out[STREAMS];
     for (int64_t i = mine.begin; i < mine.begin + part; i++) {
-        int64_t number[STREAMS];
-        V out[STREAMS];
         for (int s = 0; s < STREAMS; s++) number[s] = i + s * part;
-        row_of(l, in, number, out);
+        row_of<STREAMS>(l, in, number, out);
         for (int s = 0; s < STREAMS; s++) put(l, out + s, 1, number[s], y, width, after);
     }
-    return mine.begin + STREAMS * part;
+    for (int64_t i = mine.begin + STREAMS * part; i < mine.end; i++) {
+        row_of<1>(l, in, &i, out);
+        put(l, out, 1, i, y, width, after);
+    }
 }
 
 // The same of pairs of gate and up, which are two streams each; see put_gated.
-static int64_t multiply_gated_row(const Linear &l, const Input &in, float *y, int64_t width, int act, Range pairs) {
+static void multiply_gated_row(const Linear &l, const Input &in, float *y, int64_t width, int act, Range pairs) {
     constexpr int PAIRS = STREAMS / 2;
     const int64_t part = (pairs.end - pairs.begin) / PAIRS;
+    int64_t number[STREAMS];
+    V out[STREAMS];
     for (int64_t i = pairs.begin; i < pairs.begin + part; i++) {
-        int64_t number[STREAMS];
-        V out[STREAMS];
         for (int s = 0; s < STREAMS; s++) number[s] = 2 * (i + s / 2 * part) + s % 2;
-        row_of(l, in, number, out);
+        row_of<STREAMS>(l, in, number, out);
         for (int s = 0; s < STREAMS; s += 2) put_gated(l, out + s, out + s + 1, 1, number[s], y, width, act);
     }
-    return pairs.begin + PAIRS * part;
+    for (int64_t i = pairs.begin + PAIRS * part; i < pairs.end; i++) {
+        number[0] = 2 * i;
+        number[1] = 2 * i + 1;
+        row_of<2>(l, in, number, out);
+        put_gated(l, out, out + 1, 1, number[0], y, width, act);
+    }
 }
 
 #include "tiles.h"
@@ -410,8 +421,8 @@ static void linear(const Thread &thread, const Linear &l, const Input &in, int64
 #if HAS_TILES
     if (takes_tiles(l, M)) return tiled_linear(thread, l, in, M, y, width, after);
 #endif
-    Range mine = thread.share(l.n / P);
-    if (M == 1) mine.begin = multiply_row(l, in, y, width, after, mine);
+    const Range mine = thread.share(l.n / P);
+    if (M == 1) return multiply_row(l, in, y, width, after, mine);
     // One block of rows reads its weights from memory, in which a panel follows the other.
     const int64_t paired = M > BLOCK ? mine.end - (mine.end - mine.begin) % BESIDE : mine.begin;
     multiply_panels<BESIDE>(l, in, M, y, width, after, mine.begin, paired);
@@ -424,8 +435,8 @@ static void gated_linear(const Thread &thread, const Linear &l, const Input &in,
 #if HAS_TILES
     if (takes_tiles(l, M)) return tiled_gated_linear(thread, l, in, M, y, width, act);
 #endif
-    Range pairs = thread.share(l.n / P / 2);
-    if (M == 1) pairs.begin = multiply_gated_row(l, in, y, width, act, pairs);
+    const Range pairs = thread.share(l.n / P / 2);
+    if (M == 1) return multiply_gated_row(l, in, y, width, act, pairs);
     for (int64_t number = 2 * pairs.begin; number < 2 * pairs.end; number += 2)
         for (int64_t first = 0; first < M; first += BLOCK) {
             V gate[BLOCK], up[BLOCK];
@@ -1462,7 +1473,7 @@ static void choose(const Thread &thread, const Model &m, const Choice &c, int64_
 
 // -------------------------------------------------------------------------------------------------------- one call
 
-// The largest of the logits `begin` to `end` of a row, the first among equals. NaN is none.
+// The largest of the logits `begin` to `end` of a row, the first among equals. NaN is skipped.
 static Top top_of(const float *row, int64_t begin, int64_t end) {
     Top top = {-INFINITY, begin};
     while (begin < end) {
@@ -1479,9 +1490,6 @@ static Top top_of(const float *row, int64_t begin, int64_t end) {
 
 // Greedy choices, while each thread's logits are in its own cache. tops: (threads, wanted).
 static void find_best(const Thread &thread, const Model &m, const Batch &batch, Top *tops) {
-#if HAS_TILES
-    if (takes_tiles(m.head, batch.wanted)) thread.barrier();  // they are shared in another way
-#endif
     const Range panels = thread.share(m.head.n / P);
     for (int64_t row = 0; row < batch.wanted; row++)
         tops[thread.number * batch.wanted + row] =

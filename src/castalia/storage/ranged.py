@@ -24,6 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from castalia.core.background import Background
 from castalia.core.files import cannot_write
+from castalia.core.private_cache import ABANDONED_SECONDS
 from castalia.storage.faults import StorageError
 from castalia.storage.objects import Facts, ObjectStore
 
@@ -39,8 +40,6 @@ AHEAD_BYTES = 1 << 20
 CHECK_SECONDS = 30.0
 """Time after which size and tag of the object are compared again before more of it is fetched."""
 CRC_BYTES = 4
-ABANDONED_SECONDS = 3600.0
-"""A block that is still being written after so long never will be."""
 SWEPT_SHARE = 8
 """The folder is measured after each so many parts of its limit that were written."""
 KEPT_SHARE = 0.9
