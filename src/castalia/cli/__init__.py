@@ -23,7 +23,8 @@ def main() -> None:
         # The name under `python -m castalia` too: a completion script makes a function of it.
         app(prog_name="castalia")
     except CastaliaError as error:
-        print(f"castalia: error: {error}", file=sys.stderr)
+        # In one write: ranks share a terminal, and print ends a line with a second one.
+        sys.stderr.write(f"castalia: error: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("castalia: interrupted", file=sys.stderr)
@@ -39,5 +40,5 @@ def main() -> None:
         # name is a fault of ours and keeps its traceback.
         if error.filename is None:
             raise
-        print(f"castalia: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.stderr.write(f"castalia: error: {error.filename}: {error.strerror}\n")
         sys.exit(1)

@@ -265,4 +265,5 @@ def key(rank: int) -> str:
 
 def say(text: str) -> None:
     """A line on stderr."""
-    print(f"castalia: error: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"castalia: error: {text}\n")
+    sys.stderr.flush()
