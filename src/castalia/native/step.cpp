@@ -361,7 +361,7 @@ template <int S> static void row_of(const Linear &l, const Input &in, const int6
 }
 
 // One row only waits for memory, and a processor fetches ahead by itself for several streams at once: on a Zen 3 four
-// bring 1.3 times as much as one. Their sums take at most half of the registers.
+// bring 1.25 to 1.3 times as much as one. Their sums take at most half of the registers.
 constexpr int STREAMS = 4 * PARTS > REGISTERS / 2 ? 2 : 4;
 
 // linear() of one row; a thread's panels are as many parts as there are streams.
